@@ -13,6 +13,35 @@ import nbformat
 from nbclient import NotebookClient
 
 
+def merged(outputs):
+    """Join neighbouring pieces of the same stream."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+def visible(line):
+    """What a terminal shows of `line`: text after a carriage return overwrites what was there."""
+    shown = ""
+    for part in line.split("\r"):
+        shown = part + shown[len(part) :]
+    return shown.rstrip()
+
+
+def settle(cell):
+    """Drop from the streams of a cell what progress bars wrote and wiped out again."""
+    outputs = merged(cell.get("outputs", []))
+    for output in outputs:
+        if output.output_type == "stream":
+            output.text = "\n".join(visible(line) for line in output.text.split("\n"))
+    if outputs:
+        cell.outputs = merged(o for o in outputs if o.output_type != "stream" or o.text.strip())
+
+
 class Echo(NotebookClient):
     """A client that repeats the text output of the kernel on this terminal."""
 
@@ -30,6 +59,7 @@ def main(path):
     total = len(notebook.cells)
 
     def save(cell, cell_index, **_):
+        settle(cell)
         part = path.with_suffix(".part")
         nbformat.write(notebook, part)
         os.replace(part, path)
@@ -37,7 +67,7 @@ def main(path):
 
     resources = {"metadata": {"path": str(path.resolve().parent)}}
     Echo(notebook, timeout=None, kernel_name="python3", resources=resources, on_cell_executed=save).execute()
-    save(None, total - 1)
+    nbformat.write(notebook, path)  # markdown after the last code cell
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def test_exact_selection_agrees_with_sampling(hw4):
     big = 200
     similarity = torch.randn(big, 5 * big) + 1.5 * hw4.caption_match(big)
     for num_candidates in (3, 25):
-        sampled = hw4.selection_hits(similarity, num_candidates, draws=50).mean()
-        assert hw4.exact_selection(similarity, num_candidates).mean() == pytest.approx(sampled, abs=0.03)
+        sampled = hw4.selection_hits(similarity, num_candidates, draws=50).mean().item()
+        assert hw4.exact_selection(similarity, num_candidates).mean().item() == pytest.approx(sampled, abs=0.03)
 
 
 def test_hits_keep_the_captions_of_an_image_together(hw4):
