@@ -1,8 +1,9 @@
-"""Execute a notebook in place and show in the terminal what its cells print.
+"""Execute a notebook and show in the terminal what its cells print.
 
-    python tests/execute.py [hw4.ipynb]
+    python tests/execute.py hw4.ipynb [OUTPUT.ipynb]
 
-The file is saved after every cell, so an interrupted run keeps its outputs so far.
+Without OUTPUT.ipynb the notebook is executed in place. The file is saved after every cell, so an interrupted run
+keeps its outputs so far; outputs of an earlier run are cleared first, so that no file mixes two runs.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 
 def merged(outputs):
@@ -54,21 +56,29 @@ class Echo(NotebookClient):
         return super().process_message(msg, cell, cell_index)
 
 
-def main(path):
-    notebook = nbformat.read(path, as_version=4)
-    total = len(notebook.cells)
+def main(source, target):
+    notebook = nbformat.read(source, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            cell.metadata.pop("execution", None)
 
     def save(cell, cell_index, **_):
         settle(cell)
-        part = path.with_suffix(".part")
+        part = target.with_suffix(".part")
         nbformat.write(notebook, part)
-        os.replace(part, path)
-        print(f"[cell {cell_index + 1} of {total}]", flush=True)
+        os.replace(part, target)
+        print(f"[cell {cell_index + 1} of {len(notebook.cells)}]", flush=True)
 
-    resources = {"metadata": {"path": str(path.resolve().parent)}}
-    Echo(notebook, timeout=None, kernel_name="python3", resources=resources, on_cell_executed=save).execute()
-    nbformat.write(notebook, path)  # markdown after the last code cell
+    resources = {"metadata": {"path": str(source.resolve().parent)}}
+    client = Echo(notebook, timeout=None, kernel_name="python3", resources=resources, on_cell_executed=save)
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
+    nbformat.write(notebook, target)  # with what the kernel reported after the last cell
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "hw4.ipynb"))
+    paths = [Path(argument) for argument in sys.argv[1:]] or [Path("hw4.ipynb")]
+    main(paths[0], paths[-1])

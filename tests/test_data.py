@@ -141,7 +141,7 @@ def archive_of(folder, leave_out=()):
 
 def test_no_data_and_no_network(hw4, tmp_path, monkeypatch):
     answer_with(hw4, monkeypatch, error=urllib.error.URLError("no route"))
-    with pytest.raises(ConnectionError, match="no route.*run the cell again, or put Images/"):
+    with pytest.raises(ConnectionError, match="no route.*run this again, or put Images/"):
         hw4.find_flickr8k(default=tmp_path / "flickr8k")
 
 
@@ -158,7 +158,7 @@ def test_download_is_unpacked_once(hw4, data_dir, tmp_path, monkeypatch):
 def test_cut_download_is_reported_and_can_be_repeated(hw4, data_dir, tmp_path, monkeypatch):
     folder, content = tmp_path / "flickr8k", archive_of(data_dir)
     answer_with(hw4, monkeypatch, content[:-500], len(content))
-    with pytest.raises(ConnectionError, match="bytes: run the cell again"):
+    with pytest.raises(ConnectionError, match="bytes: run this again"):
         hw4.find_flickr8k(default=folder)
     answer_with(hw4, monkeypatch, content)
     assert len(hw4.read_captions(hw4.find_flickr8k(default=folder))) == 320
@@ -169,7 +169,7 @@ def test_half_a_zip_and_a_zip_without_captions(hw4, data_dir, tmp_path):
     folder.mkdir()
     content = archive_of(data_dir)
     archive.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"flickr8k\.zip is not a whole zip file.*delete it and run the cell again"):
+    with pytest.raises(ValueError, match=r"flickr8k\.zip is not a whole zip file.*delete it and run this again"):
         hw4.extract_flickr8k(archive, folder)
     archive.write_bytes(archive_of(data_dir, leave_out=("captions.txt",)))
     with pytest.raises(ValueError, match=r"flickr8k\.zip lacks Images/ or captions\.txt"):
