@@ -67,5 +67,5 @@ def data(hw4, data_dir, smoke, tmp_path_factory):
     tokens, mask = hw4.encode_captions([c for n in names for c in captions[n]], vocabulary, smoke.max_tokens)
     images = hw4.load_images(data_dir, names, smoke.cache_size, tmp_path_factory.mktemp("cache"))
     shape = (len(names), 5, smoke.max_tokens)
-    corpus = hw4.Corpus(images, tokens.view(shape), mask.view(shape), hw4.mirror_tokens(vocabulary))
+    corpus = hw4.Corpus(images, tokens.view(shape), mask.view(shape).sum(-1), hw4.mirror_tokens(vocabulary))
     return corpus, train_ids, val_ids, vocabulary

@@ -1,13 +1,10 @@
 """Captions, split, vocabulary, tokens, images, and what happens when the data is bad."""
 
-import io
 import shutil
-import urllib.error
-import zipfile
-from types import SimpleNamespace
 
 import pytest
 import torch
+from host import archive_of, serving
 
 
 def write_captions(folder, text):
@@ -115,53 +112,39 @@ def test_missing_captions_file_in_named_folder(hw4, copy, monkeypatch):
         hw4.find_flickr8k()
 
 
-def answer_with(hw4, monkeypatch, content=b"", length=None, error=None):
-    """Let downloads return `content`, announce `length` bytes, or fail with `error`."""
-
-    def urlopen(url, timeout):
-        if error:
-            raise error
-        response = io.BytesIO(content)
-        response.headers = {"Content-Length": str(len(content) if length is None else length)}
-        return response
-
-    request = SimpleNamespace(urlopen=urlopen)
-    monkeypatch.setattr(hw4, "urllib", SimpleNamespace(request=request, error=urllib.error))
+@pytest.fixture
+def host(monkeypatch):
+    """A download host on this machine."""
     monkeypatch.delenv("FLICKR8K_DIR", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as host:
+        yield host
 
 
-def archive_of(folder, leave_out=()):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.name not in leave_out:
-                file.write(path, path.relative_to(folder))
-    return buffer.getvalue()
+def test_no_data_and_no_network(hw4, monkeypatch, tmp_path):
+    monkeypatch.delenv("FLICKR8K_DIR", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as host:
+        pass  # from here on nobody answers
+    with pytest.raises(ConnectionError, match="refused.*run this again, or put Images/"):
+        hw4.find_flickr8k(host.url, tmp_path / "flickr8k")
 
 
-def test_no_data_and_no_network(hw4, tmp_path, monkeypatch):
-    answer_with(hw4, monkeypatch, error=urllib.error.URLError("no route"))
-    with pytest.raises(ConnectionError, match="no route.*run this again, or put Images/"):
-        hw4.find_flickr8k(default=tmp_path / "flickr8k")
-
-
-def test_download_is_unpacked_once(hw4, data_dir, tmp_path, monkeypatch):
-    folder = tmp_path / "flickr8k"
-    answer_with(hw4, monkeypatch, archive_of(data_dir))
-    assert hw4.find_flickr8k(default=folder) == folder
+def test_download_is_unpacked_once(hw4, host, data_dir, tmp_path):
+    folder, host.content = tmp_path / "flickr8k", archive_of(data_dir)
+    assert hw4.find_flickr8k(host.url, folder) == folder
     assert hw4.read_captions(folder) == hw4.read_captions(data_dir)
     assert sorted(p.name for p in folder.iterdir()) == ["Images", "captions.txt"]
-    answer_with(hw4, monkeypatch, error=AssertionError("downloaded twice"))
-    assert hw4.find_flickr8k(default=folder) == folder
+    assert hw4.find_flickr8k(host.url, folder) == folder
+    assert host.requests == 1
 
 
-def test_cut_download_is_reported_and_can_be_repeated(hw4, data_dir, tmp_path, monkeypatch):
-    folder, content = tmp_path / "flickr8k", archive_of(data_dir)
-    answer_with(hw4, monkeypatch, content[:-500], len(content))
-    with pytest.raises(ConnectionError, match="bytes: run this again"):
-        hw4.find_flickr8k(default=folder)
-    answer_with(hw4, monkeypatch, content)
-    assert len(hw4.read_captions(hw4.find_flickr8k(default=folder))) == 320
+def test_zip_put_there_by_hand_is_not_downloaded(hw4, host, data_dir, tmp_path):
+    folder = tmp_path / "flickr8k"
+    folder.mkdir()
+    (folder / "flickr8k.zip").write_bytes(archive_of(data_dir))
+    assert len(hw4.read_captions(hw4.find_flickr8k(host.url, folder))) == 320
+    assert host.requests == 0
 
 
 def test_half_a_zip_and_a_zip_without_captions(hw4, data_dir, tmp_path):

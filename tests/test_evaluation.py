@@ -100,7 +100,7 @@ def test_exact_selection_equals_enumeration(hw4):
     torch.manual_seed(0)
     n, num_candidates = 3, 4
     similarity = torch.randn(n, 5 * n)
-    exact = hw4.exact_selection(similarity, num_candidates)
+    exact = hw4.exact_selection(similarity, (num_candidates,))[num_candidates]
     for image in range(n):
         others = [j for j in range(5 * n) if j // 5 != image]
         wins = [
@@ -117,12 +117,18 @@ def test_exact_selection_agrees_with_sampling(hw4):
     similarity = torch.randn(big, 5 * big) + 1.5 * hw4.caption_match(big)
     for num_candidates in (3, 25):
         sampled = hw4.selection_hits(similarity, num_candidates, draws=50).mean().item()
-        assert hw4.exact_selection(similarity, num_candidates).mean().item() == pytest.approx(sampled, abs=0.03)
+        exact = hw4.exact_selection(similarity, (num_candidates,))[num_candidates].mean().item()
+        assert exact == pytest.approx(sampled, abs=0.03)
 
 
 def test_hits_keep_the_captions_of_an_image_together(hw4):
-    ranks = torch.tensor([1, 9, 1, 9, 1] + [9] * 5)
-    assert hw4.hits_by_image(ranks, 5, 2).tolist() == pytest.approx([0.6, 0.0])
+    """Captions 0, 2 and 4 of the first image find it; all others find the image after their own."""
+    similarity = torch.zeros(12, 60)
+    for caption in range(60):
+        similarity[(caption // 5 + (caption not in (0, 2, 4))) % 12, caption] = 1
+    chance, hits = hw4.recall_measures(similarity)["text → image, R@1"]
+    assert chance == pytest.approx(1 / 12)
+    assert hits.tolist() == pytest.approx([0.6] + [0.0] * 11)
 
 
 def test_bootstrap_interval_has_the_right_width(hw4):
@@ -145,7 +151,7 @@ def test_gallery_embeddings_match_their_captions(hw4, smoke, data, runtime):
     assert images.shape == (len(val_ids), smoke.embed_dim)
     assert texts.shape == (5 * len(val_ids), smoke.embed_dim)
     i = 11
-    tokens, mask = corpus.tokens[val_ids[i]], corpus.mask[val_ids[i]]
-    assert torch.allclose(texts[5 * i : 5 * i + 5], model.encode_text(tokens, mask), atol=1e-5)
+    tokens = corpus.tokens[val_ids[i]]
+    assert torch.allclose(texts[5 * i : 5 * i + 5], model.encode_text(tokens, tokens != hw4.PAD), atol=1e-5)
     view = hw4.plain_view(corpus.images[val_ids[i : i + 1]], smoke.image_size)
     assert torch.allclose(images[i], model.encode_image(view)[0], atol=1e-5)

@@ -128,7 +128,7 @@ def test_embeddings_do_not_depend_on_length_buckets(hw4, smoke):
     tokens = torch.randint(1, 30, (9, 10)).masked_fill(~mask, 0)
     whole = model.encode_text(tokens, mask)
     for buckets in (1, 3, 9):
-        assert torch.allclose(hw4.encode_texts(model, tokens, mask, buckets, torch.device("cpu")), whole, atol=1e-5)
+        assert torch.allclose(hw4.encode_texts(model, tokens, mask.sum(1), buckets), whole, atol=1e-5)
 
 
 def test_weights_depend_on_the_seed_only(hw4, smoke):
@@ -154,11 +154,11 @@ def test_precision_on_cpu_follows_the_timing(hw4, bf16, dtype):
     runtime = hw4.choose_runtime(torch.device("cpu"), rate=rates.get)
     assert runtime.dtype == dtype
     assert not runtime.use_scaler
-    assert hw4.linear_rate(torch.float32, seconds=0.01) > 0
+    assert hw4.linear_rate(torch.float32) > 0
 
 
 def test_flop_estimate_counts_the_linear_layers(hw4):
-    config = replace(hw4.PRESETS["smoke"], captions_per_image=1)
+    config = replace(hw4.PRESETS["smoke"], captions_per_image=1, caption_weight=0.0)
     counted = 0
 
     def count(module, args, output):

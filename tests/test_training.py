@@ -37,12 +37,12 @@ def test_colour_changes_equal_torchvision(hw4, monkeypatch, factor):
         values = iter([factor if i == position else 1.0 for i in range(3)])
         fixed = lambda n, low, high, device, v=values: torch.full((n, 1, 1, 1), next(v))  # noqa: E731
         monkeypatch.setattr(hw4, "uniform", fixed)
-        out = hw4.color_jitter(images, 0.5, grayscale=0.0)
+        out = hw4.color_jitter(images, 0.5, hue=0.0, grayscale=0.0)
         assert (out - reference(images, factor)).abs().mean() <= 2 / 255
 
 
 def test_grayscale_removes_all_colour(hw4):
-    out = hw4.color_jitter(torch.rand(4, 3, 8, 8), 0.0, grayscale=1.0)
+    out = hw4.color_jitter(torch.rand(4, 3, 8, 8), 0.0, hue=0.0, grayscale=1.0)
     assert torch.allclose(out[:, 0], out[:, 1], atol=1e-6) and torch.allclose(out[:, 1], out[:, 2], atol=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_loss_at_initialisation_is_near_ln_batch(hw4, smoke, data):
     corpus, train_ids, _, vocabulary = data
     model = hw4.build_dual_encoder(smoke, len(vocabulary))
     with torch.no_grad():
-        loss = hw4.contrastive_loss(*hw4.embed_pairs(model, train_ids[:32], corpus, smoke))
+        loss = hw4.contrastive_loss(*hw4.embed_pairs(model, train_ids[:32], 1.0, corpus, smoke)[:3])
     assert loss.item() == pytest.approx(math.log(32), rel=0.15)
 
 
@@ -106,7 +106,7 @@ def test_batch_embeddings_belong_to_their_images(hw4, smoke, data):
 
     ids = train_ids[torch.randperm(len(train_ids))[:16]]
     config = replace(smoke, word_dropout=0.0, captions_per_image=3)
-    _, texts, _ = hw4.embed_pairs(Echo(), ids, corpus, config)
+    _, texts, _, _ = hw4.embed_pairs(Echo(), ids, 1.0, corpus, config)
     assert texts.shape == (3, 16, smoke.max_tokens)
     for b, i in enumerate(ids):
         rows = {tuple(t.tolist()) for t in corpus.tokens[i]}
@@ -120,7 +120,7 @@ def test_an_epoch_holds_an_image_at_most_once(hw4, smoke, data, runtime):
     model = torch.nn.Module()
     model.weight = weight
 
-    def embed(model, batch):
+    def embed(model, batch, patch_keep):
         batches.append(batch)
         return (model.weight,)
 
@@ -142,7 +142,7 @@ def test_simclr_views_differ_per_sample_and_per_view(hw4, smoke, data):
         return views.flatten(1)
 
     same = train_ids[:1].expand(6)
-    z1, z2, temperature = hw4.embed_views(model, same, corpus, smoke)
+    z1, z2, temperature = hw4.embed_views(model, same, 1.0, corpus, smoke)
     assert temperature == smoke.temperature
     assert len(torch.unique(torch.cat([z1, z2]), dim=0)) == 12
     assert len(seen) == 1
@@ -153,14 +153,14 @@ def test_simclr_reads_training_images_only(hw4, smoke, data, runtime):
     spoiled = corpus.images.clone()
     spoiled[val_ids] = 0
     weights = [
-        hw4.train_simclr(replace_images(hw4, corpus, images), train_ids, smoke, runtime)[0].state_dict()
+        hw4.train_simclr(replace_images(corpus, images), train_ids, smoke, runtime)[0].state_dict()
         for images in (corpus.images, spoiled)
     ]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def replace_images(hw4, corpus, images):
-    return hw4.Corpus(images, corpus.tokens, corpus.mask, corpus.mirror)
+def replace_images(corpus, images):
+    return replace(corpus, images=images)
 
 
 def test_schedule(hw4):
@@ -186,10 +186,10 @@ def test_overfits_32_pairs(hw4, smoke, data, runtime):
     ids = torch.tensor(list(firsts.values())[:32])
     assert len(ids) == 32
     recipe = replace(smoke.contrastive, epochs=150, patch_keep=1.0, crop_scale=1.0, jitter=0.0, weight_decay=0.0)
-    config = replace(smoke, contrastive=recipe, captions_per_image=1, word_dropout=0.0)
+    config = replace(smoke, contrastive=recipe, captions_per_image=1, caption_weight=0.0, word_dropout=0.0)
     model = hw4.build_dual_encoder(config, len(vocabulary))
-    embed = lambda model, batch: hw4.embed_pairs(model, batch, corpus, config)  # noqa: E731
-    history = hw4.fit(model, embed, hw4.contrastive_loss, ids, recipe, runtime, seed=0)
+    embed = lambda model, batch, keep: hw4.embed_pairs(model, batch, keep, corpus, config)  # noqa: E731
+    history = hw4.fit(model, embed, hw4.alignment_loss, ids, recipe, runtime, seed=0)
     assert history[-1]["loss"] < 0.1 * math.log(32)
 
 
@@ -216,7 +216,7 @@ def test_losses_stay_in_float32_under_autocast(hw4, smoke, data):
     corpus, train_ids, _, vocabulary = data
     model = hw4.build_dual_encoder(smoke, len(vocabulary))
     with hw4.Runtime(torch.device("cpu"), torch.bfloat16).autocast():
-        embeddings = hw4.embed_pairs(model, train_ids[:8], corpus, smoke)
+        embeddings = hw4.embed_pairs(model, train_ids[:8], 1.0, corpus, smoke)[:3]
     assert all(e.dtype == torch.float32 for e in embeddings)
     assert hw4.contrastive_loss(*embeddings).dtype == torch.float32
 
@@ -224,8 +224,10 @@ def test_losses_stay_in_float32_under_autocast(hw4, smoke, data):
 def test_bad_training_is_stopped_with_a_remedy(hw4, smoke, data, runtime):
     _, train_ids, _, _ = data
     model = torch.nn.Linear(1, 1)
-    nan = lambda model, batch: (model.weight * torch.nan,)  # noqa: E731
-    with pytest.raises(FloatingPointError, match="not finite in epoch 1: lower learning_rate"):
+    nan = lambda model, batch, keep: (model.weight * torch.nan,)  # noqa: E731
+    with pytest.raises(
+        FloatingPointError, match="not finite at step 1 of epoch 1: lower learning_rate, then run this again"
+    ):
         hw4.fit(model, nan, torch.sum, train_ids, smoke.contrastive, runtime, seed=0)
     with pytest.raises(ValueError, match="batch_size 32 exceeds the 8 training images"):
         hw4.fit(model, nan, torch.sum, train_ids[:8], smoke.contrastive, runtime, seed=0)
@@ -233,15 +235,19 @@ def test_bad_training_is_stopped_with_a_remedy(hw4, smoke, data, runtime):
 
 def test_every_pretrained_tensor_arrives(hw4, smoke, data, runtime):
     corpus, train_ids, _, vocabulary = data
-    weights = hw4.train_simclr(corpus, train_ids, smoke, runtime)[0].vision.state_dict()
+    simclr = hw4.train_simclr(corpus, train_ids, smoke, runtime)[0].state_dict()
+    weights = {name: value for name, value in simclr.items() if name.startswith("vision.")}
     fresh = hw4.build_dual_encoder(smoke, len(vocabulary))
     loaded = hw4.build_dual_encoder(smoke, len(vocabulary), weights)
-    assert loaded.vision.state_dict().keys() == weights.keys()
-    for name, value in loaded.vision.state_dict().items():
-        assert torch.equal(value, weights[name]), name
-        assert not torch.equal(value, fresh.vision.state_dict()[name]), name
-    others = {k: v for k, v in loaded.state_dict().items() if not k.startswith("vision.")}
-    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in others.items())
+    assert {name for name in fresh.state_dict() if name.startswith("vision.")} == weights.keys()
+    for name, value in loaded.state_dict().items():
+        unchanged = torch.equal(value, fresh.state_dict()[name])
+        assert torch.equal(value, weights[name]) and not unchanged if name in weights else unchanged, name
+
+
+def test_weights_of_another_model_are_refused(hw4, smoke):
+    with pytest.raises(ValueError, match=r"belong to another model: \['encoder\.weight'\]"):
+        hw4.build_dual_encoder(smoke, 30, {"encoder.weight": torch.zeros(1)})
 
 
 # Stages
@@ -249,25 +255,39 @@ def test_every_pretrained_tensor_arrives(hw4, smoke, data, runtime):
 
 def test_stage_is_kept_reloaded_and_repaired(hw4, tmp_path, capsys):
     calls = []
+    record = {"epoch": 1, "loss": 1.5, "seconds": 120.0, "sitting": 1, "hardware": "an abacus"}
 
-    def train():
-        calls.append(1)
-        return torch.nn.Linear(2, 2), [{"epoch": 1, "loss": 1.5, "seconds": 2.0}]
+    def train(checkpoint):
+        calls.append(checkpoint)
+        return torch.nn.Linear(2, 2), [record]
 
-    first = hw4.run_stage("demo", "k" * 64, train, tmp_path, "a test")
-    again = hw4.run_stage("demo", "k" * 64, train, tmp_path, "a test")
+    first = hw4.run_stage("demo", "k" * 64, train, tmp_path)
+    again = hw4.run_stage("demo", "k" * 64, train, tmp_path)
     assert len(calls) == 1
     assert torch.equal(first.weights["weight"], again.weights["weight"])
-    assert (again.history, again.seconds) == (first.history, first.seconds)
-    assert "loaded from demo-kkkk" in capsys.readouterr().out
-    hw4.run_stage("demo", "k" * 64, train, tmp_path, "a test", fresh=True)
+    assert (again.history, again.seconds, again.hardware) == ([record], 120.0, "an abacus")
+    out = capsys.readouterr().out
+    assert "demo: trained in 2.0 min on an abacus, kept as demo-kkkk" in out
+    assert "epoch   1/1  loss 1.500  (120 s)" in out.split("kept as")[1]  # a loaded history is shown again
+    assert "demo: loaded from demo-kkkk" in out
+    hw4.run_stage("demo", "k" * 64, train, tmp_path, fresh=True)
     assert len(calls) == 2
     path = next(tmp_path.glob("*.pt"))
     path.write_bytes(path.read_bytes()[:100])
-    hw4.run_stage("demo", "k" * 64, train, tmp_path, "a test")
+    hw4.run_stage("demo", "k" * 64, train, tmp_path)
     assert len(calls) == 3
     assert "is damaged" in capsys.readouterr().out
     assert list(tmp_path.glob("*.damaged"))
+
+
+def test_stage_tells_where_and_in_how_many_sittings_it_was_trained(hw4):
+    def stage(*places):
+        history = [{"seconds": 1.0, "sitting": sitting, "hardware": hardware} for sitting, hardware in places]
+        return hw4.Stage("demo", "k", {}, history)
+
+    assert stage((1, "a GPU"), (1, "a GPU")).hardware == "a GPU"
+    assert stage((1, "a GPU"), (3, "a CPU")).hardware == "a GPU and a CPU, in 3 sittings"
+    assert stage((1, "a GPU"), (1, "a GPU")).seconds == 2.0
 
 
 def keys(hw4, config, fingerprint, cells):
@@ -292,7 +312,7 @@ def changed(hw4, smoke, definition_cells):
 def test_figures_comments_and_docstrings_do_not_train_again(changed):
     assert changed() == [False] * 3
     assert changed(swap=("figsize=(12, 4.2)", "figsize=(9, 3)")) == [False] * 3
-    assert changed(swap=("  # (B, kept, D)", "")) == [False] * 3
+    assert changed(swap=("  # (B, kept, dim)", "")) == [False] * 3
     assert changed(swap=("One random view an image", "A view")) == [False] * 3
 
 
