@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from host import serving
 from synthetic import make_flickr8k
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,3 +70,12 @@ def data(hw4, data_dir, smoke, tmp_path_factory):
     shape = (len(names), 5, smoke.max_tokens)
     corpus = hw4.Corpus(images, tokens.view(shape), mask.view(shape).sum(-1), hw4.mirror_tokens(vocabulary))
     return corpus, train_ids, val_ids, vocabulary
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A download host on this machine."""
+    monkeypatch.delenv("FLICKR8K_DIR", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as host:
+        yield host

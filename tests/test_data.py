@@ -112,15 +112,6 @@ def test_missing_captions_file_in_named_folder(hw4, copy, monkeypatch):
         hw4.find_flickr8k()
 
 
-@pytest.fixture
-def host(monkeypatch):
-    """A download host on this machine."""
-    monkeypatch.delenv("FLICKR8K_DIR", raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving() as host:
-        yield host
-
-
 def test_no_data_and_no_network(hw4, monkeypatch, tmp_path):
     monkeypatch.delenv("FLICKR8K_DIR", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")

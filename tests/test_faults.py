@@ -10,19 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from host import archive_of, serving
+from host import archive_of
 from PIL import Image
 
 # Download
-
-
-@pytest.fixture
-def host(monkeypatch):
-    """A download host on this machine."""
-    monkeypatch.delenv("FLICKR8K_DIR", raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving() as host:
-        yield host
 
 
 @pytest.mark.parametrize("chunked", [False, True])
