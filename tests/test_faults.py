@@ -41,7 +41,7 @@ def test_error_status(hw4, host, tmp_path, status):
 def test_error_page_in_place_of_the_zip(hw4, host, data_dir, tmp_path):
     folder = tmp_path / "flickr8k"
     host.content = b"<html>quota exceeded</html>"
-    with pytest.raises(ConnectionError, match=r"sent 27 bytes that are no whole zip file: run this again, or put"):
+    with pytest.raises(ConnectionError, match=r"sent 27 bytes that are no whole zip file.*: run this again, or put"):
         hw4.find_flickr8k(host.url, folder)
     assert not (folder / "flickr8k.zip").exists()
     host.content = archive_of(data_dir)
@@ -148,6 +148,14 @@ def test_row_without_caption_is_named(hw4, captions_file, row):
     lines[3] = row
     captions_file.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"captions\.txt, line 4: 00000\.jpg has no caption: mend the line"):
+        hw4.read_captions(captions_file.parent)
+
+
+def test_unquoted_comma_is_named(hw4, captions_file):
+    lines = captions_file.read_text().splitlines()
+    lines[3] = "00000.jpg,A red circle, seen from above ."
+    captions_file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"captions\.txt, line 4: 00000\.jpg has an unquoted comma: mend the line"):
         hw4.read_captions(captions_file.parent)
 
 

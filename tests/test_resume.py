@@ -29,7 +29,6 @@ def job(hw4, smoke, data, runtime):
         simclr=replace(smoke.simclr, **short),
         vision_depth=1,
         text_depth=1,
-        drop_path=0.2,
         num_evaluations=3,
     )
     weights = hw4.train_simclr(corpus, train_ids[:64], config, runtime)[0].state_dict()
@@ -152,6 +151,16 @@ def test_stopped_training_goes_on(hw4, job, monkeypatch, tmp_path, capsys, dtype
     assert [record["sitting"] for record in stage.history] == [1, 2, 2]
     assert "in 2 sittings" in stage.hardware
     assert [path.suffix for path in (tmp_path / "stopped").iterdir()] == [".pt"]
+
+
+def test_the_scale_of_half_precision_is_part_of_the_state(hw4, smoke):
+    runtime = hw4.Runtime(torch.device("cpu"), torch.float16, True)
+    before, after = (hw4.TrainingRun(torch.nn.Linear(2, 2), smoke.contrastive, runtime, 1) for _ in range(2))
+    for run in (before, after):
+        run.scaler.scale(torch.ones(1))
+    before.scaler.update(new_scale=8.0)
+    after.load_state_dict(before.state_dict())
+    assert after.scaler.get_scale() == 8.0
 
 
 def test_stop_during_the_last_evaluation_is_obeyed(hw4, trainings, whole, monkeypatch, tmp_path):
