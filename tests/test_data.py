@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from host import archive_of, serving
@@ -32,6 +33,29 @@ def test_split_is_disjoint_complete_and_seeded(hw4):
     assert not torch.equal(val, hw4.split_images(100, 20, seed=2)[1])
     with pytest.raises(ValueError, match="num_val"):
         hw4.split_images(10, 10, seed=0)
+
+
+def test_copies_are_kept_out_of_validation(hw4):
+    _, drawn = hw4.split_images(100, 20, seed=1)
+    train, val = hw4.split_images(100, 20, seed=1, only_train=drawn[:7])
+    assert len(val) == 20 and set(drawn[7:].tolist()) < set(val.tolist())
+    assert set(drawn[:7].tolist()) < set(train.tolist())
+    assert sorted(train.tolist() + val.tolist()) == list(range(100))
+    with pytest.raises(ValueError, match="num_val"):
+        hw4.split_images(10, 5, seed=0, only_train=range(6))
+
+
+def test_similar_pairs_finds_a_copy_that_is_brighter_and_softer(hw4):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(50, 200, (30, 3, 32, 32), generator=generator).float()
+    images[21] = torch.nn.functional.avg_pool2d(images[4], 3, 1, 1, count_include_pad=False) * 1.1 + 20
+    correlation, pairs = hw4.similar_pairs(images.to(torch.uint8), 5)
+    assert pairs[0].tolist() == [4, 21] and correlation[0] > 0.8 > 0.5 > correlation[1]
+    assert correlation.tolist() == sorted(correlation.tolist(), reverse=True)
+    expected = np.corrcoef(
+        *(images[i].to(torch.uint8).float().view(3, 16, 2, 16, 2).mean((2, 4)).flatten() for i in (4, 21))
+    )
+    assert correlation[0].item() == pytest.approx(expected[0, 1], abs=1e-5)
 
 
 def test_vocabulary_keeps_frequent_training_words_only(hw4):

@@ -34,6 +34,14 @@ def test_every_caption_has_tokens_and_words_of_one_letter_survive(hw4, captions)
     assert hw4.tokenize("A") == ["a"]
 
 
+def test_the_one_pair_of_identical_photographs_is_found(hw4, captions, tmp_path):
+    names = list(captions)[3000:4000]
+    images = hw4.load_images(FOUND[0], names, 48, tmp_path)
+    correlation, pairs = hw4.similar_pairs(images, 2)
+    assert [names[i] for i in pairs[0]] == ["2851198725_37b6027625.jpg", "3050606344_af711c726c.jpg"]
+    assert correlation[0] > 0.98 > correlation[1]
+
+
 def test_images_decode(hw4, captions, tmp_path):
     names = list(captions)[::1000]
     images = hw4.load_images(FOUND[0], names, 64, tmp_path)

@@ -311,7 +311,7 @@ def changed(hw4, smoke, definition_cells):
 
 def test_figures_comments_and_docstrings_do_not_train_again(changed):
     assert changed() == [False] * 3
-    assert changed(swap=("figsize=(12, 3.8)", "figsize=(9, 3)")) == [False] * 3
+    assert changed(swap=("figsize=(13, 1.9", "figsize=(12, 1.9")) == [False] * 3
     assert changed(swap=("  # (B, kept, dim)", "")) == [False] * 3
     assert changed(swap=("One random view an image", "A view")) == [False] * 3
 
@@ -324,7 +324,7 @@ def test_what_could_change_a_training_trains_again(changed, smoke):
     assert changed(replace(smoke, contrastive=replace(smoke.contrastive, epochs=3))) == [True, False, True]
     assert changed(replace(smoke, simclr=replace(smoke.simclr, epochs=3))) == [False, True, True]
     assert changed(swap=("nn.GELU()", "nn.ReLU()")) == [True] * 3
-    assert changed(swap=("0.299, 0.587, 0.114", "0.3, 0.6, 0.1")) == [True] * 3
+    assert changed(swap=("0.299 * r", "0.3 * r")) == [True] * 3
     assert changed(swap=("(to_text + to_image) / 2", "to_text")) == [True, False, True]
     assert changed(swap=("betas=(0.9, 0.98)", "betas=(0.9, 0.999)")) == [True] * 3
 
