@@ -125,7 +125,7 @@ def test_wrong_header_and_wrong_number_of_captions(hw4, copy):
     with pytest.raises(ValueError, match="should start with the line 'image,caption'"):
         hw4.read_captions(copy)
     write_captions(copy, "image,caption\n00000.jpg,a dog\n")
-    with pytest.raises(ValueError, match=r"00000\.jpg has 1 captions instead of 5"):
+    with pytest.raises(ValueError, match=r"00000\.jpg has 1 captions, not 5"):
         hw4.read_captions(copy)
 
 
@@ -167,7 +167,7 @@ def test_half_a_zip_and_a_zip_without_captions(hw4, data_dir, tmp_path):
     folder.mkdir()
     content = archive_of(data_dir)
     archive.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"flickr8k\.zip is not a whole zip file.*delete it and run this again"):
+    with pytest.raises(ValueError, match=r"flickr8k\.zip is no whole zip file.*delete it and run again"):
         hw4.extract_flickr8k(archive, folder)
     archive.write_bytes(archive_of(data_dir, leave_out=("captions.txt",)))
     with pytest.raises(ValueError, match=r"flickr8k\.zip lacks Images/ or captions\.txt"):

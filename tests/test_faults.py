@@ -69,7 +69,7 @@ def test_zip_with_a_damaged_byte(hw4, data_dir, tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 255
         archive.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"flickr8k\.zip is not a whole zip file.*delete it and run this again"):
+        with pytest.raises(ValueError, match=r"flickr8k\.zip is no whole zip file.*delete it and run again"):
             hw4.extract_flickr8k(archive, folder)
         assert not hw4.has_flickr8k(folder)
 
@@ -162,7 +162,7 @@ def test_unquoted_comma_is_named(hw4, captions_file):
 def test_repeated_row_is_named(hw4, captions_file):
     lines = captions_file.read_text().splitlines()
     captions_file.write_text("\n".join([*lines, lines[7]]))
-    with pytest.raises(ValueError, match=r"00001\.jpg has 6 captions, some of them repeated, instead of 5: mend"):
+    with pytest.raises(ValueError, match=r"00001\.jpg has 6 captions, some of them repeated, not 5: mend"):
         hw4.read_captions(captions_file.parent)
 
 
