@@ -313,7 +313,7 @@ def test_figures_comments_and_docstrings_do_not_train_again(changed):
     assert changed() == [False] * 3
     assert changed(swap=("figsize=(13, 1.9", "figsize=(12, 1.9")) == [False] * 3
     assert changed(swap=("  # (B, kept, dim)", "")) == [False] * 3
-    assert changed(swap=("One random view an image", "A view")) == [False] * 3
+    assert changed(swap=("One random view per image", "A view")) == [False] * 3
 
 
 def test_what_could_change_a_training_trains_again(changed, smoke):
