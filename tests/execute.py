@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 
 def merged(outputs):
@@ -76,6 +76,8 @@ def main(source, target):
         client.execute()
     except CellExecutionError as error:
         sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
+    except (KeyboardInterrupt, DeadKernelError, AssertionError):  # Ctrl-C: nbclient shuts the kernel down
+        sys.exit("Stopped. Finished and unfinished trainings are kept: run this again to go on.")
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell
 
 

@@ -256,17 +256,41 @@ def test_changed_settings_start_anew_and_keep_the_old_state(hw4, stopped, traini
     assert latest(stopped).read_bytes() == before
 
 
-def test_fresh_run_starts_anew(hw4, stopped, trainings, whole, capsys):
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped, fresh=True)
-    assert "resumed" not in capsys.readouterr().out
-    assert_same(stage.weights, stage.history, whole)
-    assert stage.history[-1]["sitting"] == 1
+def choose(notebook, hw4, directory, monkeypatch, fresh):
+    """Run the cell that reads the environment variables."""
+    monkeypatch.setenv("CHECKPOINT_DIR", str(directory))
+    monkeypatch.setenv("HW4_FRESH", fresh)
+    cell = next(c.source for c in notebook.cells if "FRESH_RUN =" in c.source)
+    exec(cell, dict(hw4.__dict__))
 
 
-def test_fresh_run_does_not_claim_changed_settings(hw4, trainings, tmp_path, capsys):
-    for fresh in (False, True):
-        hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path, fresh)
-    assert "have changed" not in capsys.readouterr().out
+def test_fresh_run_starts_anew_whatever_is_kept(notebook, hw4, stopped, trainings, whole, monkeypatch, capsys):
+    aside = latest(stopped)
+    choose(notebook, hw4, stopped, monkeypatch, "0")
+    assert aside.exists()
+    choose(notebook, hw4, stopped, monkeypatch, "1")
+    assert not aside.exists() and len(list(stopped.glob("*.old"))) == 2  # nothing is lost
+    for _ in range(2):
+        stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
+        out = capsys.readouterr().out
+        assert "resumed" not in out and "have changed" not in out
+        assert_same(stage.weights, stage.history, whole)
+        assert stage.history[-1]["sitting"] == 1 and "trained in" in out and "loaded" not in out
+        choose(notebook, hw4, stopped, monkeypatch, "1")  # sets the finished training aside, too
+        capsys.readouterr()
+
+
+def test_interrupted_fresh_run_goes_on_without_the_variable(notebook, hw4, stopped, trainings, monkeypatch, capsys):
+    earlier = hw4.Stage("scratch", KEY, {}, [])
+    hw4.save_checkpoint(vars(earlier), stopped / f"scratch-{KEY[:16]}.pt")
+    states = {path: path.read_bytes() for path in stopped.glob("*.unfinished*")}
+    choose(notebook, hw4, stopped, monkeypatch, "1")
+    for path, state in states.items():  # the fresh run came this far
+        path.write_bytes(state)
+    choose(notebook, hw4, stopped, monkeypatch, "0")
+    capsys.readouterr()
+    hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
+    assert "resumed after step 2 of epoch 2" in capsys.readouterr().out
 
 
 def test_going_on_from_the_spare_is_not_called_a_new_start(hw4, stopped, trainings, whole, capsys):
