@@ -76,8 +76,8 @@ def main(source, target):
         client.execute()
     except CellExecutionError as error:
         sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
-    except (KeyboardInterrupt, DeadKernelError, AssertionError):  # Ctrl-C: nbclient shuts the kernel down
-        sys.exit("Stopped. Finished and unfinished trainings are kept: run this again to go on.")
+    except (KeyboardInterrupt, DeadKernelError, AssertionError):  # nbclient answers Ctrl-C like this, too
+        sys.exit("Stopped by Ctrl-C, or the kernel died (out of memory?). Trainings are kept: run this again to go on.")
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell
 
 

@@ -1,7 +1,9 @@
 """The runner of the README: what it keeps of a cell's output."""
 
-from execute import settle
-from nbformat.v4 import new_code_cell, new_output
+import nbformat
+import pytest
+from execute import main, settle
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 
 def stream(name, text):
@@ -28,3 +30,11 @@ def test_warnings_stay():
     cell.outputs = [stream("stderr", "\rbar 0%\r      \rUserWarning: look\n")]
     settle(cell)
     assert cell.outputs == [stream("stderr", "UserWarning: look\n")]
+
+
+def test_kernel_that_dies_is_told_in_one_line(tmp_path):
+    path = tmp_path / "dies.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("1 + 1"), new_code_cell("import os; os._exit(1)")]), path)
+    with pytest.raises(SystemExit, match="the kernel died .* run this again to go on"):
+        main(path, path)
+    assert nbformat.read(path, as_version=4).cells[0].outputs  # what was done is kept
