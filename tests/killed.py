@@ -61,7 +61,7 @@ def arm(hw4, moment, count):
         return whole(path, (lambda file: write(HalfWritten(file, die))) if arrived("writing") else write)
 
     before(torch.nn.utils, "clip_grad_norm_", "gradients")
-    before(hw4.TrainingRun, "check", "step done")
+    before(hw4.TrainingRun, "mean_loss", "step done")
     before(os, "fsync", "written")
     hw4.write_file = write_file
 
@@ -84,7 +84,7 @@ def main(job, directory, seed):
     sys.path.insert(0, str(Path(job).parent))  # hw4.py, the notebook's definitions
     import hw4
 
-    hw4.Checkpoint.due = lambda self: True
+    hw4.SAVE_INTERVAL = 0
     with open(job, "rb") as file:
         stages = trainings(hw4, *pickle.load(file))
     for name, train in stages.items():
