@@ -235,6 +235,29 @@ def test_bad_training_is_stopped_with_a_remedy(hw4, smoke, data, runtime):
         hw4.fit(model, nan, torch.sum, train_ids[:8], smoke.contrastive, runtime, seed=0)
 
 
+def test_training_goes_on_in_training_mode_after_an_evaluation(hw4, smoke, data, runtime):
+    _, train_ids, _, _ = data
+    modes = []
+
+    def embed(model, batch, patch_keep):
+        modes.append(model.training)
+        return (model.weight,)
+
+    recipe = replace(smoke.contrastive, epochs=2, batch_size=16)
+    evaluate = lambda model: {"val_loss": float(model.eval().training)}  # noqa: E731
+    model = torch.nn.Linear(1, 1)
+    hw4.fit(model, embed, torch.sum, train_ids, recipe, runtime, 0, evaluate=evaluate, num_evaluations=2)
+    assert all(modes) and len(modes) == 2 * (len(train_ids) // 16)
+
+
+def test_state_with_a_loss_that_is_not_finite_is_never_handed_out(hw4, smoke, runtime):
+    """On a GPU the losses are read only at the end of an epoch and before a state is saved."""
+    run = hw4.TrainingRun(torch.nn.Linear(2, 2), smoke.contrastive, runtime)
+    run.losses = [torch.tensor(1.0), torch.tensor(math.nan)]
+    with pytest.raises(FloatingPointError, match="not finite at step 2 of epoch 1"):
+        run.state_dict()
+
+
 def test_every_pretrained_tensor_arrives(hw4, smoke, data, runtime):
     corpus, train_ids, _, vocabulary = data
     simclr = hw4.train_simclr(corpus, train_ids, smoke, runtime)[0].state_dict()
