@@ -45,6 +45,10 @@ def test_wrong_sizes_are_refused(hw4):
         hw4.patchify(torch.zeros(1, 3, 24, 24), 7)
     with pytest.raises(ValueError, match="image_size 60 must be a multiple of patch_size 8"):
         replace(hw4.PRESETS["cpu"], image_size=60)
+    with pytest.raises(ValueError, match="captions_per_image must be 1 to 5"):
+        replace(hw4.PRESETS["cpu"], captions_per_image=6)
+    with pytest.raises(ValueError, match="patch_keep is 25: choose a value from 0 to 1"):
+        replace(hw4.PRESETS["cpu"].contrastive, patch_keep=25)
     with pytest.raises(ValueError, match="text_width 130 must be a multiple of text_heads 4"):
         replace(hw4.PRESETS["cpu"], text_width=130)
 

@@ -163,6 +163,18 @@ def test_the_scale_of_half_precision_is_part_of_the_state(hw4, smoke):
     assert after.scaler.get_scale() == 8.0
 
 
+@pytest.mark.parametrize("before, after", [(False, True), (True, False)])
+def test_a_state_moves_between_hardware_with_and_without_gradient_scaler(hw4, smoke, before, after):
+    """As from a GPU with bfloat16 to a T4, and back."""
+    saved, resumed = (
+        hw4.TrainingRun(torch.nn.Linear(2, 2), smoke.contrastive, hw4.Runtime(torch.device("cpu"), use_scaler=scaled))
+        for scaled in (before, after)
+    )
+    resumed.load_state_dict(saved.state_dict())
+    assert torch.equal(resumed.model.weight, saved.model.weight)
+    assert resumed.scaler.is_enabled() == after and resumed.sitting == 2
+
+
 def test_stop_during_the_last_evaluation_is_obeyed(hw4, trainings, whole, monkeypatch, tmp_path):
     """Whoever presses stop does not want the next cells to run."""
     monitor, calls = hw4.monitor, []
@@ -271,6 +283,8 @@ def test_fresh_run_starts_anew_whatever_is_kept(notebook, hw4, stopped, training
     choose(notebook, hw4, stopped, monkeypatch, "1")
     assert not aside.exists() and len(list(stopped.glob("*.old"))) == 2  # nothing is lost
     for _ in range(2):
+        for path in stopped.glob("*.pt"):  # as two sessions leave it that finish the same training
+            shutil.copy(path, f"{path}.spare")
         stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
         out = capsys.readouterr().out
         assert "resumed" not in out and "have changed" not in out

@@ -170,6 +170,8 @@ def test_schedule(hw4):
     assert hw4.warmup_cosine(0.05, 0.1) == pytest.approx(0.5)
     assert hw4.warmup_cosine(0.1, 0.1) == pytest.approx(1)
     assert hw4.warmup_cosine(1, 0.1) == pytest.approx(0, abs=1e-9)
+    assert hw4.warmup_cosine(0, 0) == 1 and hw4.warmup_cosine(0.5, 0) == pytest.approx(0.5)  # no warm-up
+    assert hw4.warmup_cosine(0.5, 1) == 0.5  # nothing but warm-up
 
 
 def test_weight_decay_on_matrices_only(hw4, smoke):
@@ -336,6 +338,14 @@ def test_figures_comments_and_docstrings_do_not_train_again(changed):
     assert changed(swap=("figsize=(13, 1.9", "figsize=(12, 1.9")) == [False] * 3
     assert changed(swap=("  # (B, kept, dim)", "")) == [False] * 3
     assert changed(swap=("One random view per image", "A view")) == [False] * 3
+
+
+def test_how_states_are_saved_and_epochs_are_printed_does_not_train_again(changed):
+    assert changed(swap=("SAVE_INTERVAL = 60", "SAVE_INTERVAL = 600")) == [False] * 3
+    assert changed(swap=("buffer = io.BytesIO()", "buffer = io.BytesIO(b'')")) == [False] * 3
+    assert changed(swap=("os.fsync(file.fileno())", "pass")) == [False] * 3
+    assert changed(swap=('set aside")', 'put aside")')) == [False] * 3
+    assert changed(swap=("epochs // 100", "epochs // 50")) == [False] * 3
 
 
 def test_what_could_change_a_training_trains_again(changed, smoke):
