@@ -106,10 +106,12 @@ def choose(page, menu, item):
 
 
 def wait_until_idle(page):
-    """Wait until the kernel has started, or has done all it was asked to do."""
-    expect(page.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute(
-        "data-status", "idle", timeout=2 * MINUTES
-    )
+    """Wait until the kernel has started, or has done all it was asked to do.
+
+    The status bar tells it. The notebook's own indicator is idle before there is a kernel, too, and there Run All
+    Cells may do nothing.
+    """
+    expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=2 * MINUTES)
 
 
 def saved_run(page, path):
@@ -128,6 +130,7 @@ def test_run_all_cells_in_jupyterlab(lab, page, fresh, hw4):
     expect(shown).to_have_count(count, timeout=2 * MINUTES)
     wait_until_idle(page)
     choose(page, "Run", "^Run All Cells")
+    expect(shown.first.locator(".jp-InputPrompt")).not_to_have_text("[ ]:", timeout=MINUTES)  # it has an effect
     page.wait_for_function(FINISHED, timeout=10 * MINUTES)
     wait_until_idle(page)
 
