@@ -626,15 +626,25 @@ def hardware(bench):
     )
 
 
-def profile_table(bench, name, step, top=15):
-    """Markdown table of the `top` operators of one step by their own time."""
+def profiled_calls(bench):
+    """What --profile looks into: {name: function}."""
+    config = bench.config
+    photos = bench.corpus.photos(bench.train_ids[:256])
+    steps = {f"one {name} step": step for name, step in training_steps(bench).items()}
+    return steps | {
+        f"a SimCLR view of {len(photos)} photos": lambda: bench.hw4.augment(photos, config.image_size, config.simclr)
+    }
+
+
+def profile_table(bench, name, call, top=15):
+    """Markdown table of the `top` operators of one call by their own time."""
     from torch.profiler import ProfilerActivity, profile
 
-    step()
-    step()
+    call()
+    call()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.on_gpu
     with profile(activities=activities) as profiler:
-        step()
+        call()
         wait_for(bench.device)
     own = lambda event: event.self_device_time_total if bench.on_gpu else event.self_cpu_time_total  # noqa: E731
     events = sorted(profiler.key_averages(), key=own, reverse=True)
@@ -642,7 +652,7 @@ def profile_table(bench, name, step, top=15):
     rows = [
         [e.key.replace("|", "\\|"), str(e.count), f"{own(e) / 1e3:.2f}", f"{own(e) / total:.1%}"] for e in events[:top]
     ]
-    header = [f"operator of one {name} step ({total / 1e3:.0f} ms)", "calls", "own time [ms]", "share"]
+    header = [f"operator of {name} ({total / 1e3:.0f} ms)", "calls", "own time [ms]", "share"]
     return bench.hw4.markdown_table(header, rows).data
 
 
@@ -652,7 +662,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="NAME",
                         help="some of: " + ", ".join(MEASUREMENTS))  # fmt: skip
-    parser.add_argument("--profile", action="store_true", help="print the costliest operators of a step instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the costliest operators of a step and a view instead"
+    )
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     preset = arguments.preset or ("full" if torch.cuda.is_available() else "cpu")
@@ -661,8 +673,8 @@ def main():
     bench = prepare(preset, arguments.repeats)
     print(hardware(bench), "\n", sep="", flush=True)
     if arguments.profile:
-        for name, step in training_steps(bench).items():
-            print(profile_table(bench, name, step), "\n", sep="")
+        for name, call in profiled_calls(bench).items():
+            print(profile_table(bench, name, call), "\n", sep="")
         return
     print(bench.hw4.markdown_table(["measurement", "ours", "reference", "ratio [min, max]", "goal", "met?"], []).data)
     for name in arguments.only:
