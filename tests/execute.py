@@ -6,7 +6,10 @@ Without OUTPUT.ipynb the notebook is executed in place. The file is saved after 
 keeps its outputs so far; outputs of an earlier run are cleared first, so that no file mixes two runs.
 """
 
+import asyncio
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -45,7 +48,18 @@ def settle(cell):
 
 
 class Echo(NotebookClient):
-    """A client that repeats the text output of the kernel on this terminal."""
+    """A client that repeats the text output of the kernel on this terminal; Ctrl-C stops the running cell."""
+
+    @contextlib.asynccontextmanager
+    async def async_setup_kernel(self, **kwargs):
+        async with super().async_setup_kernel(**kwargs):
+            with contextlib.suppress(NotImplementedError):  # Windows
+                asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.interrupt)
+            yield
+
+    def interrupt(self):
+        """Let the kernel end its cell with KeyboardInterrupt, as Jupyter's stop button does."""
+        self.stopping = asyncio.ensure_future(self.km.interrupt_kernel())
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] == "stream":
@@ -63,12 +77,13 @@ def main(source, target):
             cell.outputs, cell.execution_count = [], None
             cell.metadata.pop("execution", None)
 
-    def save(cell, cell_index, **_):
+    def save(cell, cell_index, execute_reply):
         settle(cell)
         part = target.with_suffix(".part")
         nbformat.write(notebook, part)
         os.replace(part, target)
-        print(f"[cell {cell_index + 1} of {len(notebook.cells)}]", flush=True)
+        failed = " failed" if execute_reply["content"]["status"] == "error" else ""
+        print(f"[cell {cell_index + 1} of {len(notebook.cells)}{failed}]", flush=True)
 
     resources = {"metadata": {"path": str(source.resolve().parent)}}
     client = Echo(notebook, timeout=None, kernel_name="python3", resources=resources, on_cell_executed=save)
@@ -76,8 +91,8 @@ def main(source, target):
         client.execute()
     except CellExecutionError as error:
         sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
-    except (KeyboardInterrupt, DeadKernelError, AssertionError):  # nbclient answers Ctrl-C like this, too
-        sys.exit("Stopped by Ctrl-C, or the kernel died (out of memory?). Trainings are kept: run this again to go on.")
+    except DeadKernelError:
+        sys.exit("The kernel died (out of memory?). Trainings are kept: run this again to go on, without HW4_FRESH.")
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell
 
 
