@@ -1,21 +1,26 @@
 """Execute a notebook and show in the terminal what its cells print.
 
-    python tests/execute.py hw4.ipynb [OUTPUT.ipynb]
+    python tests/execute.py NOTEBOOK.ipynb [OUTPUT.ipynb]
+    python tests/execute.py --demo [NOTEBOOK.ipynb [OUTPUT.ipynb]]
 
-Without OUTPUT.ipynb the notebook is executed in place. The file is saved after every cell, so an interrupted run
-keeps its outputs so far; outputs of an earlier run are cleared first, so that no file mixes two runs.
+Without OUTPUT.ipynb the notebook is executed in place. With --demo a small data set is drawn, no network is needed, and
+a copy is executed, by default try.ipynb. The file is saved after every cell, so an interrupted run keeps its outputs so
+far; outputs of an earlier run are cleared first, so that no file mixes two runs.
 """
 
+import argparse
 import asyncio
 import contextlib
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from synthetic import make_flickr8k
 
 
 def merged(outputs):
@@ -70,7 +75,8 @@ class Echo(NotebookClient):
         return super().process_message(msg, cell, cell_index)
 
 
-def main(source, target):
+def main(source, target, **variables):
+    """Execute the notebook `source` into the file `target`, with more environment variables."""
     notebook = nbformat.read(source, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -88,7 +94,7 @@ def main(source, target):
     resources = {"metadata": {"path": str(source.resolve().parent)}}
     client = Echo(notebook, timeout=None, kernel_name="python3", resources=resources, on_cell_executed=save)
     try:
-        client.execute()
+        client.execute(env={**os.environ, **variables})
     except CellExecutionError as error:
         sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
     except DeadKernelError:
@@ -96,6 +102,22 @@ def main(source, target):
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell
 
 
+def demo(source, target):
+    """Execute a copy with the preset `smoke` on drawn photos, and leave nothing else behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, checkpoints = make_flickr8k(Path(folder) / "flickr8k"), Path(folder) / "checkpoints"
+        main(source, target, HW4_PRESET="smoke", FLICKR8K_DIR=str(data), CHECKPOINT_DIR=str(checkpoints))
+    print(f"{target} is the executed notebook; photos and trainings are removed again")
+
+
 if __name__ == "__main__":
-    paths = [Path(argument) for argument in sys.argv[1:]] or [Path("hw4.ipynb")]
-    main(paths[0], paths[-1])
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character does not end the run
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebook", nargs="?", type=Path, default=Path("hw4.ipynb"))
+    parser.add_argument("output", nargs="?", type=Path)
+    parser.add_argument("--demo", action="store_true")
+    given = parser.parse_args()
+    if given.demo:
+        demo(given.notebook, given.output or given.notebook.with_name("try.ipynb"))
+    else:
+        main(given.notebook, given.output or given.notebook)

@@ -1,326 +1,359 @@
-"""A training that is killed, stopped, or finds its saved state damaged ends as if nothing had happened."""
+"""A training that is cut off goes on as if nothing had happened, and no kept training is used for another."""
 
 import os
-import pickle
-import shutil
-import signal
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed
 import pytest
 import torch
+from execute import visible
+from torch import nn
 
-KEY = "k" * 64
-SEED = 0  # of the moments at which trainings are killed
-STAGES = ("scratch", "simclr", "pretrained")
-
-
-@pytest.fixture(scope="module")
-def job(hw4, smoke, data, runtime):
-    """Arguments of `killed.trainings`: 3 epochs of 4 steps of a tiny model that also draws random numbers inside."""
-    corpus, train_ids, val_ids, _ = data
-    short = {"epochs": 3, "batch_size": 16}
-    config = replace(
-        smoke,
-        contrastive=replace(smoke.contrastive, **short),
-        simclr=replace(smoke.simclr, **short),
-        vision_depth=1,
-        text_depth=1,
-        num_evaluations=3,
-    )
-    weights = hw4.train_simclr(corpus, train_ids[:64], config, runtime)[0].state_dict()
-    vision = {name: value for name, value in weights.items() if name.startswith("vision.")}
-    return corpus, train_ids[:64], val_ids, config, runtime, vision
+IDS = torch.arange(12)
 
 
-@pytest.fixture(scope="module")
-def trainings(hw4, job):
-    """{stage: train(checkpoint)} of the three trainings."""
-    return killed.trainings(hw4, *job)
+class Toy(nn.Module):
+    """A small model with parameters for both optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.blocks(x).relu())
 
 
-@pytest.fixture(scope="module")
-def whole(hw4, trainings, tmp_path_factory):
-    """The stage `scratch`, never interrupted."""
-    return hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path_factory.mktemp("whole"))
+def noisy(model, batch, patch_keep):
+    return (model(torch.randn(len(batch), 4)),)
 
 
-@pytest.fixture
-def always_due(hw4, monkeypatch):
-    """Save a state after every step."""
+def never(*args):
+    raise AssertionError("this should have been loaded")
+
+
+def fit_toy(hw4, model=None, embed=noisy, loss=lambda y: (y - 3).square().mean(), ids=IDS, evaluate=None, **changes):
+    """Train a model on random input, by default for 3 epochs of 3 steps; returns the history."""
+    torch.manual_seed(0)
+    recipe = replace(hw4.Recipe(epochs=3, batch_size=4), **changes)
+    return hw4.fit("toy", model or Toy(), embed, loss, ids, recipe, [], evaluate=evaluate)
+
+
+@pytest.fixture(autouse=True)
+def folder(hw4, monkeypatch, tmp_path):
+    """A fresh folder for trainings, which are saved after every epoch."""
     monkeypatch.setattr(hw4, "SAVE_INTERVAL", 0)
+    monkeypatch.setattr(hw4, "CHECKPOINT_DIR", tmp_path / "kept")
+    hw4.say_once.cache_clear()
+    return tmp_path / "kept"
 
 
-def assert_same(weights, history, expected):
-    """Weights and history must agree bit by bit; only the times and the number of sittings may differ."""
-    assert weights.keys() == expected.weights.keys()
-    assert all(torch.equal(value, expected.weights[name]) for name, value in weights.items())
-    assert without_times(history) == without_times(expected.history)
+def kept(folder):
+    (path,) = folder.glob("*.pt")
+    return path
 
 
-def without_times(history):
-    return [{k: v for k, v in record.items() if k not in ("seconds", "sitting")} for record in history]
+def timeless(x):
+    """A saved training without its times, tensors as lists, so that two can be compared."""
+    if isinstance(x, dict):
+        return {key: timeless(value) for key, value in x.items() if key != "seconds"}
+    if isinstance(x, (list, tuple)):
+        return [timeless(value) for value in x]
+    return x.tolist() if isinstance(x, torch.Tensor) else x
 
 
-def stop_at(monkeypatch, step):
-    """Press the stop button in the middle of the `step`-th step from now."""
-    steps, clip = [], torch.nn.utils.clip_grad_norm_
-
-    def pressed(*args):
-        steps.append(1)
-        if len(steps) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return clip(*args)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", pressed)
+def load(path):
+    return timeless(torch.load(path, weights_only=True))
 
 
-def stop_and_leave(hw4, monkeypatch, train, directory, step=6):
-    """Run the stage `scratch` until it is stopped in its `step`-th step."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="run this again to go on"):
-        stop_at(patch, step)
-        hw4.run_stage("scratch", KEY, train, directory)
+def stop_in_second_epoch(hw4):
+    """Train a toy until the stop button is pressed after the second epoch, of which nothing is saved then."""
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_toy(hw4, evaluate=evaluate)
 
 
-@pytest.fixture
-def stopped(hw4, trainings, always_due, monkeypatch, tmp_path, capsys):
-    """A folder with the states after 6 steps (the latest) and 5 steps (the spare) of 12."""
-    stop_and_leave(hw4, monkeypatch, trainings["scratch"], tmp_path)
-    capsys.readouterr()
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".spare", ".unfinished"]
-    return tmp_path
-
-
-def latest(folder):
-    return next(folder.glob("*.unfinished"))
-
-
-def spare(folder):
-    return next(folder.glob("*.spare"))
-
-
-# Killed
+# Killed and stopped
 
 
 @pytest.fixture(scope="module")
-def killed_run(definition_cells, hw4, job, tmp_path_factory):
-    """A folder with whole/ and killed/, the kept stages of trainings that lived and that were killed."""
+def killed_run(definition_cells, data, tmp_path_factory):
+    """A folder with whole/ and killed/, trainings that lived and that were killed, and what was printed."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "hw4.py").write_text("\n\n".join(definition_cells), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "hw4", hw4)  # where pickle looks for the classes
-        (folder / "job").write_bytes(pickle.dumps(job))
-    command = [sys.executable, "-u", killed.__file__, folder / "job", folder, str(SEED)]
+    corpus, train_ids, val_ids, _ = data
+    torch.save([*corpus, train_ids[:64], val_ids], folder / "data")
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process with threads should not fork
+    command = [sys.executable, "-u", killed.__file__, folder]
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300)
-    print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_killed_training_ends_like_one_that_lived(hw4, killed_run, name):
+@pytest.mark.parametrize("name", killed.STAGES)
+def test_killed_training_ends_like_one_that_lived(killed_run, name):
     folder, log = killed_run
-    kept = [torch.load(next((folder / part).glob(f"{name}-*.pt")), weights_only=True) for part in ("whole", "killed")]
-    expected, survived = [hw4.Stage(**content) for content in kept]
-    assert_same(survived.weights, survived.history, expected)
-    lines = [line for line in log.splitlines() if f"{name}: killed at" in line]
-    assert len(lines) == killed.KILLS and any("'writing'" in line for line in lines)
-    assert 1 < survived.history[-1]["sitting"] <= 1 + killed.KILLS
-    assert not list((folder / "killed").glob(f"{name}-*.unfinished*"))
+    whole, survived = (next((folder / part).glob(f"{name}-*.pt")) for part in ("whole", "killed"))
+    assert whole.name == survived.name and load(whole) == load(survived)
+    assert len(load(whole)["history"]) == 3
+    assert re.findall(rf"{name}: (\d) epochs loaded from {whole.name}$", log, re.M) == ["1", "1", "1", "2"]
 
 
-# Stopped by hand
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_stopped_training_goes_on(hw4, folder, monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(hw4, "choose_dtype", lambda device: dtype)
+    stop_in_second_epoch(hw4)
+    assert len(load(kept(folder))["history"]) == 1
+    stopped = fit_toy(hw4, evaluate=lambda model: {})
+    monkeypatch.setattr(hw4, "CHECKPOINT_DIR", tmp_path / "whole")
+    assert timeless(stopped) == timeless(fit_toy(hw4, evaluate=lambda model: {}))
+    assert load(kept(folder)) == load(kept(tmp_path / "whole"))
+    assert bool(load(kept(folder))["scaler"]) == (dtype == torch.float16)
 
 
-@pytest.mark.parametrize("dtype, use_scaler", [(torch.float32, False), (torch.float16, True)])
-def test_stopped_training_goes_on(hw4, job, monkeypatch, tmp_path, capsys, dtype, use_scaler):
-    """With nothing due by the clock: it is the stop that writes the state."""
-    corpus, train_ids, val_ids, config, _, _ = job
-    runtime = hw4.Runtime(torch.device("cpu"), dtype, use_scaler)
-    train = lambda checkpoint: hw4.train_contrastive(corpus, train_ids, val_ids, config, runtime, checkpoint)  # noqa: E731
-    expected = hw4.run_stage("scratch", KEY, train, tmp_path / "whole")
-    stop_and_leave(hw4, monkeypatch, train, tmp_path / "stopped")
-    assert "resumed" not in capsys.readouterr().out
-    stage = hw4.run_stage("scratch", KEY, train, tmp_path / "stopped")
-    assert "resumed after step 2 of epoch 2" in capsys.readouterr().out
-    assert_same(stage.weights, stage.history, expected)
-    assert [record["sitting"] for record in stage.history] == [1, 2, 2]
-    assert "in 2 sittings" in stage.hardware
-    assert [path.suffix for path in (tmp_path / "stopped").iterdir()] == [".pt"]
-
-
-def test_the_scale_of_half_precision_is_part_of_the_state(hw4, smoke):
-    runtime = hw4.Runtime(torch.device("cpu"), torch.float16, True)
-    before, after = (hw4.TrainingRun(torch.nn.Linear(2, 2), smoke.contrastive, runtime) for _ in range(2))
-    for run in (before, after):
-        run.scaler.scale(torch.ones(1))
-    before.scaler.update(new_scale=8.0)
-    after.load_state_dict(before.state_dict())
-    assert after.scaler.get_scale() == 8.0
-
-
-@pytest.mark.parametrize("before, after", [(False, True), (True, False)])
-def test_a_state_moves_between_hardware_with_and_without_gradient_scaler(hw4, smoke, before, after):
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str)
+def test_a_state_moves_between_hardware_with_and_without_gradient_scaler(hw4, folder, monkeypatch, dtypes):
     """As from a GPU with bfloat16 to a T4, and back."""
-    saved, resumed = (
-        hw4.TrainingRun(torch.nn.Linear(2, 2), smoke.contrastive, hw4.Runtime(torch.device("cpu"), use_scaler=scaled))
-        for scaled in (before, after)
-    )
-    resumed.load_state_dict(saved.state_dict())
-    assert torch.equal(resumed.model.weight, saved.model.weight)
-    assert resumed.scaler.is_enabled() == after and resumed.sitting == 2
+    monkeypatch.setattr(hw4, "choose_dtype", lambda device: dtypes[0])
+    stop_in_second_epoch(hw4)
+    monkeypatch.setattr(hw4, "choose_dtype", lambda device: dtypes[1])
+    history = fit_toy(hw4)
+    assert [record["hardware"] for record in history] == [f"cpu, {dtype}" for dtype in (dtypes[0], *2 * dtypes[1:])]
 
 
-def test_stop_during_the_last_evaluation_is_obeyed(hw4, trainings, whole, monkeypatch, tmp_path):
-    """Whoever presses stop does not want the next cells to run."""
-    monitor, calls = hw4.monitor, []
-
-    def pressed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return monitor(*args, **kwargs)
-
-    monkeypatch.setattr(hw4, "monitor", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path)
-    monkeypatch.undo()
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path)
-    assert_same(stage.weights, stage.history, whole)
-
-
-def test_stop_button_works_again_after_training(hw4, trainings, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-# Damaged
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_damaged_state_is_set_aside_for_the_spare(hw4, stopped, trainings, whole, capsys, damage):
-    path = latest(stopped)
-    damage(path)
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
-    out = capsys.readouterr().out
-    assert f"{path.name} is damaged" in out and "resumed after step 1 of epoch 2" in out
-    assert_same(stage.weights, stage.history, whole)
-    assert [p.name for p in stopped.glob("*.damaged")] == [path.name + ".damaged"]
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_damaged_result_is_trained_again(hw4, always_due, trainings, whole, tmp_path, capsys, damage):
-    hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path)
-    path = next(tmp_path.glob("*.pt"))
-    damage(path)
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path)
-    assert f"{path.name} is damaged" in capsys.readouterr().out
-    assert_same(stage.weights, stage.history, whole)
-
-
-def test_without_a_whole_state_training_starts_from_the_beginning(hw4, stopped, trainings, whole, capsys):
-    truncate(latest(stopped))
-    truncate(spare(stopped))
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
-    assert "resumed" not in capsys.readouterr().out
-    assert_same(stage.weights, stage.history, whole)
-    assert len(list(stopped.glob("*.damaged"))) == 2
-
-
-def test_files_are_data_and_never_run(hw4, trainings, whole, tmp_path, capsys):
-    class Bomb:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "exploded",)
-
-    for suffix in ("pt", "unfinished", "unfinished.spare"):
-        torch.save(Bomb(), tmp_path / f"scratch-{KEY[:16]}.{suffix}")
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], tmp_path)
-    assert not (tmp_path / "exploded").exists()
-    assert capsys.readouterr().out.count("is damaged") == 3
-    assert_same(stage.weights, stage.history, whole)
-
-
-# Started anew, and said so only then
-
-
-def test_changed_settings_start_anew_and_keep_the_old_state(hw4, stopped, trainings, whole, capsys):
-    before = latest(stopped).read_bytes()
-    stage = hw4.run_stage("scratch", "n" * 64, trainings["scratch"], stopped)
-    out = capsys.readouterr().out
-    assert f"starts anew, since settings, data or code have changed since scratch-{KEY[:16]}" in out
-    assert "resumed" not in out
-    assert_same(stage.weights, stage.history, whole)
-    assert latest(stopped).read_bytes() == before
-
-
-def choose(notebook, hw4, directory, monkeypatch, fresh):
-    """Run the cell that reads the environment variables."""
-    monkeypatch.setenv("CHECKPOINT_DIR", str(directory))
-    monkeypatch.setenv("HW4_FRESH", fresh)
-    cell = next(c.source for c in notebook.cells if "FRESH_RUN =" in c.source)
-    exec(cell, dict(hw4.__dict__))
-
-
-def test_fresh_run_starts_anew_whatever_is_kept(notebook, hw4, stopped, trainings, whole, monkeypatch, capsys):
-    aside = latest(stopped)
-    choose(notebook, hw4, stopped, monkeypatch, "0")
-    assert aside.exists()
-    choose(notebook, hw4, stopped, monkeypatch, "1")
-    assert not aside.exists() and len(list(stopped.glob("*.old"))) == 2  # nothing is lost
-    for _ in range(2):
-        for path in stopped.glob("*.pt"):  # as two sessions leave it that finish the same training
-            shutil.copy(path, f"{path}.spare")
-        stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
-        out = capsys.readouterr().out
-        assert "resumed" not in out and "have changed" not in out
-        assert_same(stage.weights, stage.history, whole)
-        assert stage.history[-1]["sitting"] == 1 and "trained in" in out and "loaded" not in out
-        choose(notebook, hw4, stopped, monkeypatch, "1")  # sets the finished training aside, too
-        capsys.readouterr()
-
-
-def test_interrupted_fresh_run_goes_on_without_the_variable(notebook, hw4, stopped, trainings, monkeypatch, capsys):
-    earlier = hw4.Stage("scratch", KEY, {}, [])
-    hw4.save_checkpoint(vars(earlier), stopped / f"scratch-{KEY[:16]}.pt")
-    states = {path: path.read_bytes() for path in stopped.glob("*.unfinished*")}
-    choose(notebook, hw4, stopped, monkeypatch, "1")
-    for path, state in states.items():  # the fresh run came this far
-        path.write_bytes(state)
-    choose(notebook, hw4, stopped, monkeypatch, "0")
+def test_finished_training_is_loaded(hw4, folder, capsys):
+    first, second = Toy(), Toy()
+    history = fit_toy(hw4, first)
+    content = kept(folder).read_bytes()
     capsys.readouterr()
-    hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
-    assert "resumed after step 2 of epoch 2" in capsys.readouterr().out
+    assert fit_toy(hw4, second, embed=never) == history
+    assert timeless(first.state_dict()) == timeless(second.state_dict())
+    assert capsys.readouterr().out.startswith(f"toy: 3 epochs loaded from {kept(folder).name}\n")
+    assert kept(folder).read_bytes() == content
 
 
-def test_going_on_from_the_spare_is_not_called_a_new_start(hw4, stopped, trainings, whole, capsys):
-    """As after a kill, or a full disk, while the latest state was being written."""
-    latest(stopped).unlink()
-    stage = hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
+def test_states_are_saved_once_in_a_while(hw4, monkeypatch):
+    monkeypatch.setattr(hw4, "SAVE_INTERVAL", 60)
+    clock, saved = iter(range(0, 1000, 25)), []
+    monkeypatch.setattr(hw4.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hw4, "save_checkpoint", lambda path, parts, history: saved.append(len(history)))
+    fit_toy(hw4, epochs=8)
+    assert saved[0] > 1 and saved[-1] == 8 and 2 <= len(saved) <= 4
+
+
+# Whose training it is
+
+
+@pytest.fixture
+def file_of(hw4, smoke, data, monkeypatch):
+    """Name of the file that a training with these settings would use."""
+    corpus, train_ids, val_ids, _ = data
+    defaults = {"config": smoke, "corpus": corpus, "train_ids": train_ids, "val_ids": val_ids}
+
+    class Found(Exception):
+        pass
+
+    def resume(name, path, parts):
+        raise Found(path.name)
+
+    monkeypatch.setattr(hw4, "resume", resume)
+
+    def find(kind="contrastive", **changes):
+        arguments = defaults | changes
+        if kind == "simclr":
+            del arguments["val_ids"]
+        with pytest.raises(Found) as found:
+            getattr(hw4, f"train_{kind}")("run", **arguments)
+        return str(found.value)
+
+    return find
+
+
+def one_changed(tensor):
+    changed = tensor.clone()
+    changed.view(-1)[0] += 1
+    return changed
+
+
+def test_whatever_changes_a_contrastive_training_gives_another_file(hw4, smoke, data, file_of):
+    corpus, train_ids, val_ids, _ = data
+    start = hw4.build_vision(smoke).state_dict()
+    others = [
+        file_of(corpus=corpus._replace(images=one_changed(corpus.images))),
+        file_of(corpus=corpus._replace(tokens=one_changed(corpus.tokens))),
+        *(file_of(**change) for change in ({"train_ids": train_ids[1:]}, {"val_ids": val_ids[1:]})),
+        *(file_of(**change) for change in ({"seed": 1}, {"negatives": 8}, {"start": start})),
+        file_of(start=start | {"class_token": one_changed(start["class_token"])}),
+    ]
+    recipe = smoke.contrastive
+    for name in (field.name for field in fields(recipe)):
+        change = {name: (0.1, 0.2) if isinstance(getattr(recipe, name), tuple) else 0.75 * getattr(recipe, name)}
+        if name in ("epochs", "batch_size"):
+            change[name] = 3
+        others.append(file_of(config=replace(smoke, contrastive=replace(recipe, **change))))
+    sizes = {"image_size": 64, "patch_size": 4, "vision": (32, 1, 2), "text": (32, 1, 2), "embed_dim": 32}
+    sizes |= {"max_tokens": 25, "captions_per_image": 2, "caption_weight": 0.1, "word_dropout": 0.2}
+    sizes |= {"num_images": 5, "num_val": 5}
+    assert {field.name for field in fields(smoke)} == {*sizes, "contrastive", "simclr", "num_seeds"}
+    others += [file_of(config=replace(smoke, **{name: value})) for name, value in sizes.items()]
+    assert len({file_of(), *others}) == 1 + len(others)
+    same = replace(smoke, simclr=recipe, num_seeds=9)
+    assert file_of(config=same) == file_of()
+
+
+def test_a_simclr_training_belongs_to_photos_and_its_own_settings_only(smoke, data, file_of):
+    corpus, train_ids, _, _ = data
+    others = [
+        file_of("simclr", corpus=corpus._replace(images=one_changed(corpus.images))),
+        file_of("simclr", train_ids=train_ids[1:]),
+        file_of("simclr", config=replace(smoke, simclr=replace(smoke.simclr, crop_scale=0.3))),
+        *(file_of("simclr", config=replace(smoke, **c)) for c in ({"image_size": 64}, {"vision": (32, 1, 2)})),
+    ]
+    assert len({file_of("simclr"), *others}) == 1 + len(others)
+    changed = replace(smoke, text=(32, 1, 2), contrastive=smoke.simclr, word_dropout=0.5)
+    corpus = corpus._replace(tokens=one_changed(corpus.tokens))
+    assert file_of("simclr", config=changed, corpus=corpus) == file_of("simclr")
+
+
+# By which code
+
+
+def kernel(*cells):
+    """Stands for a kernel that has run these cells."""
+    return lambda: SimpleNamespace(history_manager=SimpleNamespace(input_hist_raw=["", *cells]))
+
+
+LOSS = "def loss(x):\n    # of x\n    return x\n"
+
+
+@pytest.mark.parametrize(
+    "before, after, same",
+    [
+        ([LOSS], [LOSS], True),
+        ([LOSS], ["a = 1", LOSS, "plot(a)", "def figure(): pass"], True),  # code that it did not have changes nothing
+        ([LOSS], ["# new\n\n" + LOSS.replace("# of x", "# of y")], True),
+        ([LOSS], [LOSS.replace("return x", "return 2 * x")], False),
+        ([LOSS], [LOSS, LOSS.replace("return x", "return 2 * x")], False),  # the cell that ran last counts
+        (["%%time\n" + LOSS], ["%%time\n" + LOSS.replace("return x", "return 2 * x")], False),
+        (["!ls\n%load_ext x\n" + LOSS], ["!ls\n%load_ext x\n" + LOSS.replace("return x", "return 2 * x")], False),
+        (["!ls\n" + LOSS], ["!ls\n" + LOSS], True),
+        (["class A:\n    b = 1"], ["class A:\n    b = 2"], False),
+        ([], [LOSS], False),  # unknown code is never taken for the same
+        ([LOSS], [], False),
+        ([], [], False),
+    ],
+)
+def test_other_code_is_told_in_one_line(hw4, monkeypatch, capsys, before, after, same):
+    monkeypatch.setattr(hw4, "get_ipython", kernel(*before))
+    fit_toy(hw4)
+    capsys.readouterr()
+    monkeypatch.setattr(hw4, "get_ipython", kernel(*after))
+    fit_toy(hw4, embed=never)
+    loaded, *more = filter(None, map(visible, capsys.readouterr().out.split("\n")))
+    assert "3 epochs loaded" in loaded
+    assert len(more) == (not same) and all("made by other code" in line and "HW4_FRESH=1" in line for line in more)
+
+
+def test_outside_jupyter_the_code_is_unknown(hw4, monkeypatch):
+    monkeypatch.setattr(hw4, "get_ipython", lambda: None)
+    assert hw4.code_digests() == {} and hw4.source_hash([]) == "unknown"
+
+
+# Files that cannot be read or written
+
+
+FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ...")
+
+
+@pytest.mark.parametrize("error", [OSError(107, "gone"), MemoryError(), FULL], ids=["drive", "memory", "torch"])
+@pytest.mark.parametrize("owner, name", [(Path, "read_bytes"), (torch, "load")])
+def test_a_file_that_cannot_be_read_now_is_left_alone(hw4, folder, monkeypatch, owner, name, error):
+    fit_toy(hw4)
+    content = kept(folder).read_bytes()
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cannot be read now .*run again"):
+        patch.setattr(owner, name, fail)
+        fit_toy(hw4, embed=never)
+    assert [path.suffix for path in folder.iterdir()] == [".pt"] and kept(folder).read_bytes() == content
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return Path.touch, (self.place,)
+
+
+def saved(thing, tmp_path):
+    torch.save(thing, tmp_path / "thing")
+    return (tmp_path / "thing").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["half", "a byte short", "empty", "text", "bomb", "another file of PyTorch"])
+def test_what_is_no_checkpoint_is_set_aside(hw4, folder, tmp_path, capsys, damage):
+    history, path = fit_toy(hw4), kept(folder)
+    whole = path.read_bytes()
+    content = {
+        "half": whole[: len(whole) // 2],
+        "a byte short": whole[:-1],
+        "empty": b"",
+        "text": b"no checkpoint",
+        "bomb": saved(Bomb(tmp_path / "exploded"), tmp_path),
+        "another file of PyTorch": saved({"weights": torch.zeros(3)}, tmp_path),
+    }[damage]
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert timeless(fit_toy(hw4)) == timeless(history)
     out = capsys.readouterr().out
-    assert "resumed after step 1 of epoch 2" in out
-    assert "starts anew" not in out
-    assert_same(stage.weights, stage.history, whole)
+    assert f"{path.name} is damaged" in out and "epochs loaded" not in out
+    assert path.with_suffix(".damaged").read_bytes() == content and len(path.read_bytes()) == len(whole)
+    assert not (tmp_path / "exploded").exists()
 
 
-def test_kill_between_keeping_the_result_and_tidying_up(hw4, stopped, trainings, tmp_path_factory):
-    """The states of the unfinished training must not stay for ever beside the result."""
-    aside = shutil.copytree(stopped, tmp_path_factory.mktemp("aside"), dirs_exist_ok=True)
-    hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
-    shutil.copytree(aside, stopped, dirs_exist_ok=True)
-    hw4.run_stage("scratch", KEY, trainings["scratch"], stopped)
-    assert [path.suffix for path in stopped.iterdir()] == [".pt"]
+@pytest.mark.parametrize("name", ["mkdir", "write_bytes", "replace"])
+def test_training_goes_on_where_nothing_can_be_saved(hw4, folder, monkeypatch, capsys, name):
+    history = fit_toy(hw4)
+    kept(folder).unlink()
+    capsys.readouterr()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, fail)
+        assert timeless(fit_toy(hw4)) == timeless(history)
+    out = capsys.readouterr().out
+    assert out.count("No space left on device") == 1 and "free space or set CHECKPOINT_DIR" in out
+    assert not list(folder.glob("*.pt"))
+    fit_toy(hw4)  # the remains of the failed attempt do not disturb
+    assert [path.suffix for path in folder.iterdir()] == [".pt"]
+
+
+def test_fresh_trains_again_and_keeps_the_old(hw4, cells, folder, monkeypatch, capsys):
+    fit_toy(hw4)
+    content = kept(folder).read_bytes()
+    monkeypatch.setenv("CHECKPOINT_DIR", str(folder))
+    monkeypatch.setenv("HW4_FRESH", "1")
+    (cell,) = (cell for cell in cells if "HW4_FRESH" in cell and "def " not in cell)
+    exec(cell, dict(hw4.__dict__))
+    capsys.readouterr()
+    fit_toy(hw4)
+    assert "epochs loaded" not in capsys.readouterr().out
+    assert kept(folder).with_suffix(".old").read_bytes() == content
