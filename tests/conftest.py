@@ -78,9 +78,8 @@ def data(hw4, data_dir, captions, smoke):
     train_ids, val_ids = hw4.split_images(len(images), smoke.num_val)
     texts = [caption for five in captions.values() for caption in five]
     vocabulary = hw4.build_vocabulary([texts[5 * i + j] for i in train_ids.tolist() for j in range(5)])
-    plain, mirrored = (hw4.encode_captions(texts, vocabulary, smoke.max_tokens, mirror) for mirror in (False, True))
-    tokens = torch.stack([plain[0], mirrored[0]]).view(2, len(images), 5, -1)
-    corpus = hw4.Corpus(images, tokens, plain[1].sum(-1).view(-1, 5), len(vocabulary))
+    tokens, mask = hw4.encode_captions(texts, vocabulary, smoke.max_tokens)
+    corpus = hw4.Corpus(images, tokens.view(len(images), 5, -1), mask.sum(-1).view(-1, 5), len(vocabulary))
     return corpus, train_ids, val_ids, vocabulary
 
 

@@ -61,7 +61,7 @@ def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
     images, texts = hw4.embed_gallery(model, val_ids, corpus, smoke)
     assert images.shape == (N, smoke.embed_dim) and texts.shape == (5 * N, smoke.embed_dim)
     assert not images.requires_grad and not model.training
-    tokens, i = corpus.tokens[0, val_ids[11]], 11
+    tokens, i = corpus.tokens[val_ids[11]], 11
     assert torch.allclose(texts[5 * i : 5 * i + 5], model.encode_text(tokens, tokens != hw4.PAD), atol=1e-5)
     view = hw4.plain_view(corpus.images[val_ids[i : i + 1]], smoke.image_size)
     assert torch.allclose(images[i], model.encode_image(view)[0], atol=1e-5)

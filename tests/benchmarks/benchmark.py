@@ -54,9 +54,8 @@ def corpus_of(hw4, config):
     texts = [text for five in captions.values() for text in five]
     vocabulary = hw4.build_vocabulary(texts)
     tokens, mask = hw4.encode_captions(texts, vocabulary, config.max_tokens)
-    both = torch.stack([tokens, tokens]).view(2, len(images), 5, -1)
-    device = hw4.device
-    return hw4.Corpus(images.to(device), both.to(device), mask.sum(-1).view(-1, 5), len(vocabulary)), decoding
+    tokens = tokens.view(len(images), 5, -1).to(hw4.device)
+    return hw4.Corpus(images.to(hw4.device), tokens, mask.sum(-1).view(-1, 5), len(vocabulary)), decoding
 
 
 def train_step(hw4, model, embed, loss, recipe):
@@ -87,10 +86,10 @@ def open_clip_step(hw4, config, corpus):
 
     def step():
         ids = torch.randperm(7000)[:batch]
-        views, _ = hw4.augment(corpus.images[ids], config.image_size, config.contrastive)
+        views = hw4.augment(corpus.images[ids], config.image_size, config.contrastive)
         images = model.encode_image(views, normalize=True)
         for caption in range(config.captions_per_image):
-            texts = model.encode_text(corpus.tokens[0, ids, caption], normalize=True)
+            texts = model.encode_text(corpus.tokens[ids, caption], normalize=True)
             loss(images, texts, model.logit_scale.exp()).backward(retain_graph=True)
         optimizer.step()
         optimizer.zero_grad()
