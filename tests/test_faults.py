@@ -255,7 +255,7 @@ def test_show_selections_draws_captions_and_choices(hw4, drawn):
     hw4.show_selections({"scratch": [SimpleNamespace(similarity=similarity)]}, [3, 9], candidates)
     found = drawn()
     assert {hw4.val_texts[i] for i in candidates[[3, 9]].flatten().tolist()} <= set(found)
-    assert [found.count(text) for text in ("+0.50 ✓", "+0.25 ✗", "+0.00", "scratch")] == [1, 1, 8, 2]
+    assert [found.count(text) for text in ("+0.50 ✓", "+0.25 ✗", "+0.00 ", "scratch")] == [1, 1, 8, 2]
 
 
 def test_show_rankings_draws_the_sentence_the_best_five_and_the_true_one(hw4, drawn):
