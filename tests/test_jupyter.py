@@ -16,7 +16,7 @@ from conftest import NOTEBOOK
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from playwright.sync_api import expect, sync_playwright
-from test_notebook import code_cells, headings, output_text, recorded_hash
+from test_notebook import BUDGET, code_cells, headings, output_text, recorded_hash
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MINUTES = 60_000  # in milliseconds, as Playwright counts
@@ -146,13 +146,13 @@ class Impatient(NotebookClient):
 
 
 def section(notebook, title):
-    """Code cells below a heading, up to the next heading."""
+    """Code cells below a heading of `BUDGET`, up to the next of them."""
     found, inside = [], False
     for cell in notebook.cells:
         if cell.cell_type == "code" and inside:
             found.append(cell)
-        elif cell.cell_type == "markdown" and headings(cell.source):
-            inside = headings(cell.source)[-1] == title
+        elif cell.cell_type == "markdown" and (titles := [t for t in headings(cell.source) if t in BUDGET]):
+            inside = titles[-1] == title
     return found
 
 
