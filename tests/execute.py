@@ -4,8 +4,10 @@
     python tests/execute.py --demo [NOTEBOOK.ipynb [OUTPUT.ipynb]]
 
 Without OUTPUT.ipynb the notebook is executed in place. With --demo a small data set is drawn, no network is needed, and
-a copy is executed, by default try.ipynb. The file is saved after every cell, so an interrupted run keeps its outputs so
-far; outputs of an earlier run are cleared first, so that no file mixes two runs.
+a copy is executed, by default try.ipynb, with a page beside it that any browser opens. The file is saved after every
+cell, so an interrupted run keeps its outputs so far; outputs of an earlier run are cleared first, so that no file mixes
+two runs. With HW4_PRESET=smoke, as in the demo, one thread computes unless OMP_NUM_THREADS says otherwise: small
+trainings gain little from more, and beside another busy process they lose much.
 """
 
 import argparse
@@ -91,23 +93,37 @@ def main(source, target, **variables):
         failed = " failed" if execute_reply["content"]["status"] == "error" else ""
         print(f"[cell {cell_index + 1} of {len(notebook.cells)}{failed}]", flush=True)
 
-    resources = {"metadata": {"path": str(source.resolve().parent)}}
-    client = Echo(notebook, timeout=None, kernel_name="python3", resources=resources, on_cell_executed=save)
+    environment = os.environ | variables
+    if environment.get("HW4_PRESET") == "smoke":
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    client = Echo(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # no warning that the kernel talks to this process without encryption
+        resources={"metadata": {"path": str(source.resolve().parent)}},
+        on_cell_executed=save,
+    )
     try:
-        client.execute(env={**os.environ, **variables})
+        client.execute(env=environment)
     except CellExecutionError as error:
         sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
     except DeadKernelError:
-        sys.exit("The kernel died (out of memory?). Trainings are kept: run this again to go on, without HW4_FRESH.")
+        sys.exit("The kernel died (out of memory?). Trainings are kept: run this again to go on.")
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell
 
 
 def demo(source, target):
-    """Execute a copy with the preset `smoke` on drawn photos, and leave nothing else behind."""
+    """Execute a copy with the preset `smoke` on drawn photos; leaves that, and the same as HTML, but nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         data, checkpoints = make_flickr8k(Path(folder) / "flickr8k"), Path(folder) / "checkpoints"
         main(source, target, HW4_PRESET="smoke", FLICKR8K_DIR=str(data), CHECKPOINT_DIR=str(checkpoints))
+    from nbconvert import HTMLExporter  # here, since a real run does without it
+
+    page, _ = HTMLExporter().from_notebook_node(nbformat.read(target, as_version=4))
+    target.with_suffix(".html").write_text(page, encoding="utf-8")
     print(f"{target} is the executed notebook; photos and trainings are removed again")
+    print(f"to read it, open {target.with_suffix('.html').resolve().as_uri()} in a browser")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,40 @@
 """Trains in child processes that are killed on the way: killed.py FOLDER, started by test_resume.py."""
 
+import itertools
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 STAGES = ("scratch", "simclr", "pretrained")
 
 
-def train(hw4, name, corpus, train_ids, val_ids):
-    """3 epochs of 4 steps of a tiny model, which draw random numbers everywhere."""
-    config = hw4.PRESETS["smoke"]
-    contrastive, simclr = (replace(r, epochs=3, batch_size=16) for r in (config.contrastive, config.simclr))
-    config = replace(config, contrastive=contrastive, simclr=simclr, vision=(32, 1, 2), text=(32, 1, 2))
+def clock(step):
+    """Stands for the module `time` where each look at the clock is `step` seconds after the last."""
+    return SimpleNamespace(**vars(time) | {"monotonic": itertools.count(0, step).__next__})
+
+
+def shrink(config, hw4, folder):
+    """The settings of a tiny training of 3 epochs that keeps itself in `folder`."""
+    recipes = {name: replace(getattr(config, name), epochs=3, batch_size=8) for name in ("contrastive", "simclr")}
+    size = hw4.Size(width=48, depth=1, num_heads=2)
+    sizes = {"image_size": 16, "vision": size, "text": size, "embed_dim": 16, "projector": (16, 8)}
+    return replace(config, **recipes, **sizes, checkpoint_dir=str(folder))
+
+
+def train(hw4, name, data, config):
+    """One training of 3 epochs of 2 steps, which draws random numbers everywhere."""
     if name == "simclr":
-        return hw4.train_simclr(name, config, corpus, train_ids)
+        return hw4.pretrain_simclr(name, data, config)
     torch.manual_seed(1)
-    start = hw4.build_vision(config).state_dict() if name == "pretrained" else None
-    return hw4.train_contrastive(name, config, corpus, train_ids, val_ids, start=start)
+    vision = hw4.VisionTransformer(config) if name == "pretrained" else None
+    return hw4.train_contrastive(name, data, config, vision=vision)
 
 
 def arm(owner, name, count=1, before=None):
@@ -39,40 +52,46 @@ def arm(owner, name, count=1, before=None):
     setattr(owner, name, deadly)
 
 
-def sitting(hw4, folder, name, data, *death, **how):
+def sitting(hw4, name, data, config, *death, **how):
     """Train in a child process that may die; returns its exit status."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
-        hw4.CHECKPOINT_DIR = folder
         if death:
             arm(*death, **how)
-        train(hw4, name, *data)
+        train(hw4, name, data, config)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
 
 
+def half(write, state, path):
+    write(state, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def whole(rename, path, target):
+    rename(path, target)
+
+
 def main(folder):
     sys.path.insert(0, str(folder))
     import hw4  # the notebook's definitions
 
-    hw4.device, hw4.SAVE_INTERVAL, hw4.choose_dtype = torch.device("cpu"), 0, lambda device: torch.float32
-    images, tokens, lengths, num_tokens, *ids = torch.load(folder / "data")
-    data = hw4.Corpus(images, tokens, lengths, num_tokens), *ids
-    half = lambda write, path, content: write(path, content[: len(content) // 2])  # noqa: E731
-    whole = lambda rename, path, target: rename(path, target)  # noqa: E731
+    hw4.time, hw4.choose_dtype = clock(step=60), lambda device: torch.float32
+    data, config = torch.load(folder / "data", weights_only=False)
     for name in STAGES:
-        assert sitting(hw4, folder / "whole", name, data) == 0
+        assert sitting(hw4, name, data, shrink(config, hw4, folder / "whole")) == 0
+        killed = hw4, name, data, shrink(config, hw4, folder / "killed")
         deaths = (
-            sitting(hw4, folder / "killed", name, data, hw4, "warmup_cosine", count=14),  # a step of epoch 2
-            sitting(hw4, folder / "killed", name, data, Path, "write_bytes", before=half),
-            sitting(hw4, folder / "killed", name, data, Path, "replace"),
-            sitting(hw4, folder / "killed", name, data, Path, "replace", before=whole),
+            sitting(*killed, hw4, "learning_rate_factor", count=4),  # the last step of epoch 2
+            sitting(*killed, torch, "save", before=half),
+            sitting(*killed, Path, "replace"),
+            sitting(*killed, Path, "replace", before=whole),
         )
         assert deaths == 4 * (-signal.SIGKILL,)
-        assert sitting(hw4, folder / "killed", name, data) == 0
+        assert sitting(*killed) == 0
 
 
 if __name__ == "__main__":

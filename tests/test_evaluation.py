@@ -1,11 +1,13 @@
-"""Recall, caption selection, intervals, tables, probes, and the patches that are shuffled."""
+"""Recall, caption selection, intervals, tables and figures, and the experiments' measures."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+from IPython.core.interactiveshell import InteractiveShell
 
 N = 40
 
@@ -16,16 +18,17 @@ def scores():
     return torch.randn(N, 5 * N)
 
 
+# Recall and selection
+
+
 def test_recall_by_hand(hw4):
     """Two images, five captions each; the best own caption of image 0 ranks 3rd, of image 1 2nd, for a tie."""
     similarity = torch.tensor([[1, 5, 2, 0, 3, 9, 8, 1, 0, 0], [6, 1, 4, 3, 7, 7, 1, 2, 3, 1]]) / 10
-    ranks = hw4.retrieval_ranks(similarity)
-    assert ranks["image → text"].tolist() == [3, 2]
-    assert ranks["text → image"].tolist() == [2, 1, 2, 2, 2, 2, 2, 1, 1, 1]
-    recall = {measure: values.tolist() for measure, values in hw4.recall_at_k(similarity).items()}
-    assert recall["image → text, R@1"] == [0, 0] and recall["image → text, R@3"] == [1, 1]
-    assert recall["text → image, R@1"] == pytest.approx([0.2, 0.6])  # the shares of an image's own captions
-    assert recall["R@5"] == [1, 1] and len(recall) == 9
+    recall = {key: values.tolist() for key, values in hw4.recall_at_k(similarity, (1, 2, 3)).items()}
+    assert [recall["image → text", K] for K in (1, 2, 3)] == [[0, 0], [0, 1], [1, 1]]
+    assert recall["text → image", 1] == pytest.approx([0.2, 0.6])  # the shares of an image's own captions
+    assert recall["text → image", 2] == [1, 1] and recall["both ways", 1] == pytest.approx([0.1, 0.3])
+    assert recall["both ways", 2] == [0.5, 1] and len(recall) == 9
 
 
 @pytest.mark.parametrize("decimals", [5, 0])  # with 0 many scores tie
@@ -40,129 +43,238 @@ def test_ranks_equal_brute_force_and_ties_count_against(hw4, scores, decimals):
         assert hw4.first_match_rank(s, m).tolist() == expected
 
 
-def test_perfect_and_constant_similarities(hw4):
-    perfect, constant = hw4.caption_match(N).float(), torch.full((N, 5 * N), 0.5)
-    assert all((values == 1).all() for values in hw4.recall_at_k(perfect).values())
-    assert all((values == 0).all() for values in hw4.recall_at_k(constant).values())
-    assert all(values.min() > 0.9999 for values in hw4.selection_scores(perfect).values())
-    assert all((values == 0).all() for values in hw4.selection_scores(constant).values())
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_similarities_that_are_not_finite_are_refused(hw4, scores, value):
-    scores[3, 4] = value
-    with pytest.raises(ValueError, match="similarities must be finite: the model has diverged"):
-        hw4.first_match_rank(scores, hw4.caption_match(N))
-
-
-def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
-    corpus, _, val_ids, _ = data
-    model = hw4.build_dual_encoder(smoke, corpus.num_tokens)
-    images, texts = hw4.embed_gallery(model, val_ids, corpus, smoke)
-    assert images.shape == (N, smoke.embed_dim) and texts.shape == (5 * N, smoke.embed_dim)
-    assert not images.requires_grad and not model.training
-    tokens, i = corpus.tokens[val_ids[11]], 11
-    assert torch.allclose(texts[5 * i : 5 * i + 5], model.encode_text(tokens, tokens != hw4.PAD), atol=1e-5)
-    view = hw4.plain_view(corpus.images[val_ids[i : i + 1]], smoke.image_size)
-    assert torch.allclose(images[i], model.encode_image(view)[0], atol=1e-5)
-
-
-def numbers(text):
-    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text)]
-
-
-def test_percent_equals_a_bootstrap_image_by_image(hw4):
-    torch.manual_seed(0)
-    values, generator, means = torch.rand(30) ** 3, torch.Generator().manual_seed(1), []
-    for _ in range(4000):
-        drawn = torch.randint(30, (30,), generator=generator).tolist()
-        means.append(100 * sum(values[i].item() for i in drawn) / 30)
-    means.sort()
-    expected, found = [100 * values.mean().item(), means[100], means[3899]], hw4.percent(values)
-    assert numbers(found) == pytest.approx(expected, abs=0.8) and expected[2] - expected[1] > 8
-    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\]", found) and hw4.percent(values) == found
-    assert hw4.percent(values, "+") == re.sub(r"(\d\d\.)", r"+\1", found)
-    assert numbers(hw4.percent(-values, "+")) == pytest.approx([-expected[0], -expected[2], -expected[1]], abs=0.8)
-
-
-def test_results_table_has_means_seeds_and_paired_differences(hw4):
-    """SimCLR first is better by the same on every image: the paired interval has no width, those of the means have."""
-    torch.manual_seed(0)
-    base = torch.rand(50) / 2
-    models = {hw4.SCRATCH: (base, base + 0.1), hw4.SIMCLR: (base + 0.2, base + 0.3), hw4.CONTROL: (base,)}
-    runs = {label: [SimpleNamespace(scores={"m": v, "o": v}) for v in values] for label, values in models.items()}
-    table = hw4.results_table(runs, ["m", "o"], against=(hw4.SCRATCH, hw4.CONTROL)).data.splitlines()
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
-    differences = [f"{hw4.SIMCLR} − {label}" for label in (hw4.SCRATCH, hw4.CONTROL)]
-    assert rows[:2] == [["%", *models, *differences], ["---"] * 6] and [row[0] for row in rows[2:]] == ["m", "o"]
-    for cell, values in zip(rows[2][1:4], models.values(), strict=True):
-        mean, low, high, *each = numbers(cell)
-        seeds = [100 * value.mean().item() for value in values]
-        assert mean == pytest.approx(sum(seeds) / len(seeds), abs=0.06) and each == pytest.approx(seeds, abs=0.06)
-        assert low + 2 < mean < high - 2
-    assert rows[2][4:] == ["+20.0 [+20.0, +20.0]", "+25.0 [+25.0, +25.0]"]
-
-
 def test_candidates_are_one_own_caption_and_distinct_others(hw4):
-    drawn = hw4.draw_candidates(N, seed=3)
+    drawn = hw4.draw_candidates(N, 25, seed=3)
     assert drawn.shape == (N, 25)
     own = drawn // 5 == torch.arange(N)[:, None]
     assert own[:, 0].all() and not own[:, 1:].any() and len(set((drawn[:, 0] % 5).tolist())) == 5
     assert all(len(set(row)) == 25 for row in drawn.tolist())
-    assert torch.equal(drawn, hw4.draw_candidates(N, seed=3))
-    assert not torch.equal(drawn, hw4.draw_candidates(N, seed=4))
+    assert torch.equal(drawn, hw4.draw_candidates(N, 25, seed=3))
+    assert not torch.equal(drawn, hw4.draw_candidates(N, 25, seed=4))
 
 
 def test_selection_equals_a_count_over_prefixes_of_the_draws(hw4, scores):
     scores = (scores + 1.5 * hw4.caption_match(N)).round(decimals=1)  # some ties, which count against
-    found, draws = hw4.selection_scores(scores, draws=3), [hw4.draw_candidates(N, seed).tolist() for seed in range(3)]
-    assert list(found) == ["N = 3", "N = 5", "N = 10", "N = 20", "N = 25"]
-    for size in (3, 5, 10, 20, 25):
+    found = hw4.selection_accuracy(scores, hw4.Protocol(draws=3))
+    draws = [hw4.draw_candidates(N, 25, seed).tolist() for seed in range(3)]
+    assert list(found) == [("selection", size) for size in (3, 5, 10, 20, 25)]
+    for (_, size), shares in found.items():
         for i, row in enumerate(scores.tolist()):
             wins = [all(row[draw[i][0]] > row[other] for other in draw[i][1:size]) for draw in draws]
-            assert found[f"N = {size}"][i] == pytest.approx(sum(wins) / 3)
+            assert shares[i] == pytest.approx(sum(wins) / 3)
 
 
-def test_selection_from_random_scores_is_guessing(hw4):
+def all_scores(hw4, similarity):
+    found = hw4.recall_at_k(similarity, (1, 10)) | hw4.selection_accuracy(similarity, hw4.Protocol())
+    return torch.cat(list(found.values()))
+
+
+def test_perfect_similarities_score_1_and_constant_ones_0(hw4):
+    assert (all_scores(hw4, hw4.caption_match(N).float()) - 1).abs().max() < 1e-4
+    assert (all_scores(hw4, torch.full((N, 5 * N), 0.5)) == 0).all()
+
+
+def test_similarities_that_are_not_numbers_score_0(hw4):
+    assert (all_scores(hw4, torch.full((N, 5 * N), torch.nan)) == 0).all()
+
+
+def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
+    model, i, j = hw4.DualEncoder(len(data.vocabulary), smoke), 11, data.val_ids[11]
+    result = hw4.evaluate(model, ["history"], data, smoke)
+    assert result.model is model and not model.training and result.history == ["history"]
+    assert result.images.shape == (N, smoke.embed_dim) and result.texts.shape == (5 * N, smoke.embed_dim)
+    assert torch.allclose(result.texts[5 * i : 5 * i + 5], model.encode_text(data.tokens[j], data.mask[j]), atol=1e-5)
+    view = hw4.plain_view(data.images[j : j + 1], smoke.image_size)
+    assert torch.allclose(result.images[i], model.encode_image(view)[0], atol=1e-5)
+    assert torch.allclose(result.similarity, result.images @ result.texts.T) and not result.similarity.requires_grad
+    expected = hw4.recall_at_k(result.similarity, (1, 3, 5, 10))
+    expected |= hw4.selection_accuracy(result.similarity, smoke.protocol)
+    assert list(result.scores) == list(expected) and len(expected) == 17
+    assert all(torch.equal(result.scores[key], expected[key]) for key in expected)
+
+
+# Intervals, tables and figures
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*", text)]
+
+
+def test_margin_equals_a_bootstrap_image_by_image(hw4):
     torch.manual_seed(0)
-    found = hw4.selection_scores(torch.randn(300, 1500))
-    for size in hw4.CANDIDATES:
-        assert found[f"N = {size}"].mean() == pytest.approx(1 / size, abs=0.025)
+    values, means = torch.rand(60, 2) ** 3, []
+    for _ in range(4000):
+        means.append(values[torch.randint(60, (60,))].mean(0))
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]), dim=0)
+    assert torch.allclose(hw4.margin(values), (high - low) / 2, rtol=0.06)
+
+
+def test_differences_are_paired_and_bold_where_their_interval_excludes_zero(hw4):
+    torch.manual_seed(0)
+    assert hw4.percent(torch.tensor([0.0, 1.0] * 50)) == "50.0 ± 9.8"
+    base, noise = torch.rand(50), torch.randn(50)
+    noise = (noise - noise.mean()) / noise.std()
+    assert hw4.difference(base + 0.25, base) == "**+25.0 ± 0.0**"
+    for shift, expected in ((0.29, "**+29.0 ± 27.7**"), (-0.29, "**-29.0 ± 27.7**"), (0.27, "+27.0 ± 27.7")):
+        assert hw4.difference(base + shift + noise, base) == expected
+    assert hw4.difference(base, base) == "+0.0 ± 0.0"
+
+
+def test_a_table_is_text_in_plain_python_and_markdown_in_a_notebook(hw4, capsys):
+    text = "| % | a |\n| --- | --- |\n| R@1 | **+1.0** |"
+    hw4.show_table(["%", "a"], [["R@1", "**+1.0**"]])
+    assert capsys.readouterr().out == text + "\n"
+    shown, _ = InteractiveShell().display_formatter.format(hw4.Table(text))
+    assert shown == {"text/plain": text, "text/markdown": text}
+
+
+@pytest.fixture
+def tables(hw4, monkeypatch):
+    """The tables displayed since: lists of rows, the header first, without the line below it."""
+    shown = []
+
+    def display(table):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        assert rows.pop(1) == ["---"] * len(rows[0])
+        shown.append(rows)
+
+    monkeypatch.setattr(hw4, "display", display)
+    return shown
+
+
+def test_scores_are_means_over_seeds_with_paired_differences(hw4, tables):
+    torch.manual_seed(0)
+    base = torch.rand(50) / 2
+    keys = [("image → text", 5), ("selection", 10)]
+    seeds = {hw4.SCRATCH: (base, base + 0.1), hw4.PRETRAINED: (base + 0.2, base + 0.3), "control": (base,)}
+    results = {label: [SimpleNamespace(scores=dict.fromkeys(keys, v)) for v in vs] for label, vs in seeds.items()}
+    hw4.show_scores(results, keys, [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
+    (header, recall, selection) = tables[0]
+    assert header[:5] == ["%", *seeds, "guessing"]
+    assert header[5:] == ["SimCLR first − from scratch", "SimCLR first − control"]
+    means = [hw4.percent(base + shift) for shift in (0.05, 0.25, 0)]
+    assert recall == ["image → text, R@5", *means, "10.0", "**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
+    assert selection == ["N = 10", *means, "10.0", "**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
+
+
+def test_figures_show_means_with_margins_each_seed_and_guessing(hw4, monkeypatch):
+    monkeypatch.setattr(hw4.plt, "show", lambda: None)
+    torch.manual_seed(0)
+    keys = [("selection", 3), ("selection", 10)]
+    a, b = (SimpleNamespace(scores={key: torch.rand(30) for key in keys}) for _ in range(2))
+    hw4.plot_scores({hw4.SCRATCH: [a, b]}, {"selection": keys}, "N", "accuracy")
+    (axis,) = hw4.plt.gcf().axes
+    mean, low, high, *seeds, guess = [torch.tensor(list(map(float, line.get_ydata()))) for line in axis.lines]
+    values = [torch.stack([100 * run.scores[key] for key in keys], dim=1) for run in (a, b)]  # (30, 2) each
+    values = torch.stack([(values[0] + values[1]) / 2, *values])
+    assert torch.allclose(torch.stack([mean, *seeds]), values.mean(1), atol=1e-3)
+    assert torch.allclose((high - low) / 2, hw4.margin(values[0]), atol=1e-3)
+    assert guess.tolist() == pytest.approx([100 / 3, 10])
+    hw4.plt.close()
+
+
+def test_trainings_are_compared_with_the_row_above_and_the_first(hw4, tables):
+    torch.manual_seed(0)
+    base, trainings = torch.rand(50) / 2, {}
+    for i, label in enumerate("abc"):
+        history = [{"epoch": 1, "loss": 9.0, "seconds": 30}, {"epoch": 2, "loss": 2 + i, "seconds": 60, "val_loss": 3}]
+        trainings[label] = SimpleNamespace(scores={("both ways", 5): base + 0.1 * i}, history=history)
+    hw4.show_trainings(trainings)
+    changes = [["", ""], ["**+10.0 ± 0.0**"] * 2, ["**+10.0 ± 0.0**", "**+20.0 ± 0.0**"]]
+    for i, row in enumerate(tables[0][1:]):
+        assert row == ["abc"[i], hw4.percent(base + 0.1 * i), *changes[i], "2", "1.5", f"{2 + i:.2f}", "3.00"]
+
+
+def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, data, scores, monkeypatch):
+    shown, rows = [], [4, 9, 17, 30]
+    monkeypatch.setattr(hw4, "show_photos", lambda *args: shown.extend(args))
+    results = {"a": [SimpleNamespace(similarity=scores)], "b": [SimpleNamespace(similarity=-scores)]}
+    candidates = hw4.draw_candidates(N, 5, seed=0)
+    hw4.show_selections(results, data, rows, candidates)
+    assert torch.equal(torch.cat(shown[0]), data.images[data.val_ids[rows]])
+    for i, title in zip(rows, sum(shown[1], []), strict=True):
+        lines = re.sub(r"\n(?![-+]\d)", " ", title).splitlines()  # without the breaks of long captions
+        for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
+            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5])
+            value = scores[i, candidate].item()
+            assert numbers(line)[:2] == pytest.approx([value, -value], abs=0.006)
+        choices = [[line.split()[1 + 2 * model] for line in lines].index("●") for model in (0, 1)]
+        drawn = scores[i, candidates[i]]
+        assert choices == [drawn.argmax(), drawn.argmin()] and title.count("●") == 2
+
+
+# Measures of the experiments
+
+
+def test_share_below_equals_a_count(hw4, scores):
+    scores = scores.round(decimals=1)  # some ties, which count against
+    found = hw4.share_below(scores)
+    assert found.shape == (N, 5)
+    for i in range(N):
+        wrong = [value for j, value in enumerate(scores[i].tolist()) if j // 5 != i]
+        for c in range(5):
+            below = sum(value < scores[i, 5 * i + c].item() for value in wrong)
+            assert found[i, c].item() == pytest.approx(below / len(wrong))
+
+
+def test_recall_without_layout_shuffles_the_positions_of_patches_in_a_copy(hw4, smoke, data, monkeypatch):
+    torch.manual_seed(0)
+    run = hw4.evaluate(hw4.DualEncoder(len(data.vocabulary), smoke), [], data, smoke)
+    embed_gallery, used = hw4.embed_gallery, []
+
+    def spy(model, data, config):
+        used.append(model.vision.position_embedding.detach()[0].tolist())
+        return embed_gallery(model, data, config)
+
+    monkeypatch.setattr(hw4, "embed_gallery", spy)
+    hw4.recall_without_layout(run, data, smoke)
+    hw4.recall_without_layout(run, data, smoke)
+    trained, shuffled = run.model.vision.position_embedding.tolist()[0], used[0]
+    assert shuffled[0] == trained[0] and sorted(shuffled) == sorted(trained) and shuffled != trained
+    assert used[1] == shuffled
+    with torch.no_grad():
+        run.model.vision.position_embedding[:, 1:] = 0.5  # no layout to lose
+    same = hw4.evaluate(run.model, [], data, smoke)
+    assert torch.equal(hw4.recall_without_layout(same, data, smoke), same.scores["both ways", 5])
+
+
+def test_words_are_found_in_any_caption_and_left_out_where_validation_cannot_judge(hw4, data):
+    tokens = torch.zeros(6, 5, 4, dtype=torch.int64)
+    tokens[0, 4, 3] = tokens[3, 0, 1] = tokens[5, 2, 2] = 3
+    tokens[3:, 1, 1] = 4  # in all validation photos
+    tokens[:3, 0, 0] = 5  # in none
+    few = replace(data, tokens=tokens, vocabulary={"red": 3, "dog": 4, "cat": 5}, val_ids=torch.tensor([3, 4, 5]))
+    found = hw4.find_words({"colours": "blue red", "animals": "dog cat"}, few)
+    assert list(found) == ["colours"] and found["colours"].tolist() == [[i in (0, 3, 5)] for i in range(6)]
 
 
 def test_auc_equals_a_count_of_pairs(hw4):
     torch.manual_seed(0)
-    scores, labels = torch.randn(50, 4), (torch.rand(50, 4) < 0.3).float()
-    scores[:, 1] += 2 * labels[:, 1]
-    scores[:, 2] = labels[:, 2] * 5 + torch.rand(50)
-    scores[:, 3], labels[:, 3] = -scores[:, 2], labels[:, 2]
-    found = hw4.auc(scores, labels).tolist()
-    for word in range(4):
-        true, false = scores[labels[:, word] == 1, word], scores[labels[:, word] == 0, word]
-        assert found[word] == pytest.approx((true[:, None] > false).float().mean().item(), abs=1e-5)
-    assert found[2:] == [1, 0] and 0.3 < found[0] < 0.7 < found[1] < 1
+    present = torch.rand(50) < 0.3
+    for scores, low, high in ((torch.randn(50) + 2 * present, 0.7, 0.99), (5.0 * present + torch.rand(50), 1, 1)):
+        wins = [float(a > b) for a in scores[present] for b in scores[~present]]
+        assert hw4.auc(scores, present).item() == pytest.approx(sum(wins) / len(wins), abs=1e-6)
+        assert low <= hw4.auc(scores, present) <= high
 
 
-def test_probe_finds_what_is_there_and_only_that(hw4, smoke, monkeypatch):
+def test_probe_finds_what_is_there_and_only_that(hw4, smoke, data):
     """The first label is whether the photo is reddish, the second is drawn and can only be learnt by heart."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 120, (600, 3, 48, 48), generator=generator).to(torch.uint8)
-    labels = (torch.rand(600, 2, generator=generator) < 0.4).float()
-    images[:, 0] += (20 * labels[:, :1, None]).to(torch.uint8)
-    for name, value in {"config": smoke, "corpus": SimpleNamespace(images=images)}.items():
-        monkeypatch.setattr(hw4, name, value, raising=False)
+    labels = torch.rand(600, 2, generator=generator) < 0.4
+    images[:, 0] += 20 * labels[:, :1, None].to(torch.uint8)
     shuffled = torch.randperm(600, generator=generator)
-    found = hw4.probe(nn.AdaptiveAvgPool2d(16), labels, shuffled[:300], shuffled[300:])
-    assert found[0] > 0.99 and found[1] == pytest.approx(0.5, abs=0.12)
+    photos = replace(data, images=images, train_ids=shuffled[:300], val_ids=shuffled[300:])
+    found = hw4.probe(nn.AdaptiveAvgPool2d(16), {"red": labels[:, :1], "drawn": labels}, photos, smoke)
+    assert found["red"] > 0.99 and found["drawn"][0] > 0.99
+    assert found["drawn"][1] == pytest.approx(0.5, abs=0.12)
 
 
-def test_shuffled_photos_have_the_same_patches_elsewhere(hw4):
-    images = torch.rand(3, 3, 32, 32)
-    images[1] = images[0]
-    mixed = hw4.shuffle_patches(images, 8)
-    before, after = hw4.patchify(images, 8), hw4.patchify(mixed, 8)
-    order = torch.cdist(after, before).argmin(2)  # (3, 16): where each patch was
-    assert order.sort(1).values.tolist() == [list(range(16))] * 3
-    assert torch.equal(after, torch.stack([patches[row] for patches, row in zip(before, order, strict=True)]))
-    assert order[0].tolist() != list(range(16)) and not torch.equal(order[0], order[1])
-    assert torch.equal(mixed, hw4.shuffle_patches(images, 8))
+def test_probes_are_shown_by_kind_and_compared_over_all_words(hw4, tables):
+    values = {"colours": torch.tensor([0.5, 0.7]), "scenes": torch.tensor([0.8])}
+    better = {kind: aucs + 0.1 for kind, aucs in values.items()}
+    hw4.show_probes({"random": values, "SimCLR": better}, [("SimCLR", "random")])
+    means, differences = tables
+    assert means[0] == ["AUC [%]", "random", "SimCLR"]
+    assert means[1:] == [["colours (2 words)", "60.0", "70.0"], ["scenes (1 words)", "80.0", "90.0"]]
+    assert differences[1:] == [["SimCLR − random", "**+10.0 ± 0.0**"]]

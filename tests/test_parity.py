@@ -1,5 +1,7 @@
-"""Parity with published code: torchvision, PyTorch's own Transformer, open_clip, lightly and torchmetrics."""
+"""Parity with published code: torchvision, PyTorch's own Transformer and Muon, open_clip, lightly and torchmetrics."""
 
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -38,8 +40,8 @@ def reference_weights(encoder, block_prefix, last_norm, names):
 
 
 @torch.no_grad()
-def test_vit_equals_torchvision(hw4):
-    ours = randomize(hw4.VisionTransformer(32, 8, dim=24, depth=3, num_heads=3))
+def test_vit_equals_torchvision(hw4, smoke):
+    ours = randomize(hw4.VisionTransformer(replace(smoke, vision=hw4.Size(width=24, depth=3, num_heads=3))))
     norm = partial(nn.LayerNorm, eps=1e-5)  # PyTorch's default; torchvision would take 1e-6
     reference = VisionTransformer(32, 8, 3, num_heads=3, hidden_dim=24, mlp_dim=96, norm_layer=norm).eval()
     reference.heads = nn.Identity()
@@ -55,7 +57,7 @@ def test_vit_equals_torchvision(hw4):
 
 @torch.no_grad()
 def test_encoder_equals_pytorch_with_and_without_padding(hw4):
-    ours = randomize(hw4.Encoder(24, depth=3, num_heads=3))
+    ours = randomize(hw4.Encoder(hw4.Size(width=24, depth=3, num_heads=3), layer_scale=0.1))
     layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, F.gelu, batch_first=True, norm_first=True)
     reference = nn.TransformerEncoder(layer, 3, nn.LayerNorm(24), enable_nested_tensor=False).eval()
     names = ("norm1.", "self_attn.in_proj_", "self_attn.out_proj.", "norm2.", "linear1.", "linear2.")
@@ -66,36 +68,124 @@ def test_encoder_equals_pytorch_with_and_without_padding(hw4):
     torch.testing.assert_close(ours(x, mask)[mask], expected[mask], atol=1e-5, rtol=0)
 
 
+# Losses. In blocks they are the mean of the losses of the blocks.
+
+
 def assert_same_loss_and_gradients(ours, reference, inputs):
     torch.testing.assert_close(ours, reference, atol=1e-10, rtol=0)
     gradients = torch.autograd.grad(ours, inputs), torch.autograd.grad(reference, inputs)
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("size", [None, 2, 4])
-@pytest.mark.parametrize("caption_weight", [0.0, 0.3])
-def test_contrastive_and_alignment_loss_equal_open_clip(hw4, size, caption_weight):
-    """In blocks they are the mean over the blocks; `caption_weight` counts the first caption against the others."""
+def mean_over_blocks(loss, x, y, block_size):
+    pairs = zip(x.split(block_size or len(x)), y.split(block_size or len(y)), strict=True)
+    return torch.stack([loss(*pair) for pair in pairs]).mean()
+
+
+@pytest.fixture
+def unit_vectors():
     torch.manual_seed(0)
-    images, *texts = F.normalize(torch.randn(4, 8, 16).double(), dim=-1).requires_grad_()
-    scale, B = torch.tensor(1 / 0.07).double().requires_grad_(), size or 8
-
-    def reference(x, others):
-        parts = [pair for y in others for pair in zip(x.split(B), y.split(B), strict=True)]
-        return torch.stack([ClipLoss()(*pair, scale) for pair in parts]).mean()
-
-    expected = reference(images, texts) + caption_weight * reference(texts[0], texts[1:])
-    ours = hw4.alignment_loss(images, torch.stack(texts), scale, caption_weight, negatives=size)
-    assert_same_loss_and_gradients(ours, expected, (images, *texts, scale))
+    return F.normalize(torch.randn(4, 8, 16).double(), dim=-1).requires_grad_()
 
 
+@pytest.mark.parametrize("block_size", [None, 2, 4])
+def test_contrastive_loss_equals_open_clip(hw4, unit_vectors, block_size):
+    u, v, *_ = unit_vectors
+    scale = torch.tensor(1 / 0.07).double().requires_grad_()
+    expected = mean_over_blocks(partial(ClipLoss(), logit_scale=scale), u, v, block_size)
+    assert_same_loss_and_gradients(hw4.contrastive_loss(u, v, scale, block_size), expected, (unit_vectors, scale))
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("caption_weight", [0.0, 0.3])
+def test_loss_of_several_captions_equals_open_clip(hw4, smoke, unit_vectors, caption_weight, block_size):
+    """Images against each of their captions; `caption_weight` counts the first caption against the others."""
+    config = replace(smoke, caption_weight=caption_weight)
+    model = hw4.DualEncoder(30, config).double()
+    task = hw4.ContrastiveTask(model, None, config, replace(config.contrastive, block_size=block_size))
+    images, *texts = unit_vectors
+
+    def mean(x, others):
+        clip = partial(ClipLoss(), logit_scale=model.log_logit_scale.exp())
+        return torch.stack([mean_over_blocks(clip, x, y, block_size) for y in others]).mean()
+
+    expected = mean(images, texts) + caption_weight * mean(texts[0], texts[1:])
+    ours = task.loss(images, torch.stack(texts))
+    assert_same_loss_and_gradients(ours, expected, (unit_vectors, model.log_logit_scale))
+
+
+@pytest.mark.parametrize("block_size", [None, 2, 4])
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_nt_xent_equals_lightly(hw4, temperature):
+def test_nt_xent_equals_lightly(hw4, temperature, block_size):
     """lightly scales to unit length itself, so ours does before its loss."""
     torch.manual_seed(0)
     z1, z2 = (torch.randn(8, 16).double().requires_grad_() for _ in range(2))
-    ours = hw4.nt_xent(F.normalize(z1, dim=-1), F.normalize(z2, dim=-1), temperature)
-    assert_same_loss_and_gradients(ours, NTXentLoss(temperature)(z1, z2), (z1, z2))
+    ours = hw4.nt_xent(F.normalize(z1, dim=-1), F.normalize(z2, dim=-1), temperature, block_size)
+    assert_same_loss_and_gradients(ours, mean_over_blocks(NTXentLoss(temperature), z1, z2, block_size), (z1, z2))
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_loss_of_simclr_equals_lightly_at_the_temperature_of_the_settings(hw4, smoke, data, block_size):
+    config, outputs = replace(smoke, temperature=0.3), []
+    task = hw4.SimCLRTask(hw4.SimCLR(config), data, config, replace(config.simclr, block_size=block_size))
+    task.model.register_forward_hook(lambda module, args, out: outputs.append(out))
+    loss = task(data.train_ids[:8], 0.5)
+    expected = mean_over_blocks(NTXentLoss(0.3), *outputs[0].chunk(2), block_size)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+
+
+# Muon
+
+
+def svd_map(matrices):
+    """Five Newton–Schulz steps on the singular values alone."""
+    u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    s = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s[:, None] @ vh
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 8), (3, 8, 24), (3, 12, 12)])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-4), ("float16", 0.02), ("bfloat16", 0.1)])
+def test_orthogonalize_moves_the_singular_values_only(hw4, shape, dtype, error):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.tensor([1e-4, 1, 1e4]).view(3, 1, 1)
+    out, expected = hw4.orthogonalize(matrices, getattr(torch, dtype)), svd_map(matrices)
+    assert out.dtype == getattr(torch, dtype) and out.shape == shape
+    assert ((out - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))).max() < error
+    assert (torch.linalg.svdvals(out.double()) - 1).abs().max() < 0.4
+    assert (hw4.orthogonalize(0 * matrices, torch.float32) == 0).all()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9 has no Muon")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_muon_equals_pytorch(hw4, monkeypatch, weight_decay):
+    """Both multiply in bfloat16. Kernels of convolutions count as matrices of one row an output channel."""
+    monkeypatch.setattr(hw4, "choose_dtype", lambda device: torch.bfloat16)
+    torch.manual_seed(0)
+    shapes = [(24, 8), (8, 24), (12, 12), (24, 8), (6, 4, 3, 3)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().flatten(1).clone()) for parameter in ours]
+    starts = [parameter.detach().clone() for parameter in theirs]
+    muon = hw4.Muon([{"params": ours, "weight_decay": weight_decay}], momentum=0.9)
+    options = {"momentum": 0.9, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon(theirs, weight_decay=weight_decay, **options)
+
+    for step in range(6):
+        muon.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 0.05 * (1 + step)
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.flatten(1)
+        muon.step()
+        reference.step()
+
+    for a, b, start in zip(ours, theirs, starts, strict=True):
+        assert (a.flatten(1) - b).norm() < 0.05 * (b - start).norm()
+    assert all(state["momentum"].dtype == torch.float32 for state in muon.state.values())
+
+
+# Recall
 
 
 def hit_rate(scores, match, k):
@@ -111,26 +201,30 @@ def test_recall_equals_torchmetrics(hw4, tied, k):
     match = hw4.caption_match(30)
     scores = torch.randint(40, (30, 150)).float() if tied else torch.randn(30, 150)
     lowered = scores - 0.5 * match if tied else scores
-    recall = {name: values.mean().item() for name, values in hw4.recall_at_k(scores).items()}
+    recall = {key: values.mean().item() for key, values in hw4.recall_at_k(scores, [k]).items()}
     to_text, to_image = hit_rate(lowered, match, k), hit_rate(lowered.T, match.T, k)
-    assert recall[f"image → text, R@{k}"] == pytest.approx(to_text)
-    assert recall[f"text → image, R@{k}"] == pytest.approx(to_image)
-    assert 0 < to_text < 1 and 0 < to_image < 1
-    assert k != 5 or recall["R@5"] == pytest.approx((to_text + to_image) / 2)
+    assert recall["image → text", k] == pytest.approx(to_text) and 0 < to_text < 1
+    assert recall["text → image", k] == pytest.approx(to_image) and 0 < to_image < 1
+    assert recall["both ways", k] == pytest.approx((to_text + to_image) / 2)
+
+
+# Views
 
 
 @pytest.fixture
 def draw(hw4, monkeypatch):
-    """draw(a, b, ...): the next calls of `uniform` return these, one value a sample, if within its bounds."""
+    """draw(((low, high), values), ...): what the next calls of `uniform` must ask for, and what they return."""
 
     def uniform(n, low, high, device):
-        drawn = left.pop(0).float().view(n, 1, 1, 1)
-        assert (drawn >= low - 1e-6).all() and (drawn <= high + 1e-6).all()
-        return drawn
+        bounds, values = left.pop(0)
+        assert (low, high) == pytest.approx(bounds) and len(values) == n
+        assert (values >= low - 1e-6).all() and (values <= high + 1e-6).all()
+        return values.float()
 
     left = []
     monkeypatch.setattr(hw4, "uniform", uniform)
-    return lambda *values: left.extend(values)
+    yield lambda *calls: left.extend(calls)
+    assert not left
 
 
 def assert_close_pixels(out, references):
@@ -146,7 +240,8 @@ def test_crop_and_flip_equal_torchvision(hw4, draw):
     boxes += [(7, 11, 21, 22), (15, 2, 22, 20)]  # (top, left, height, width); the last two are enlarged
     top, left, height, width = torch.tensor(boxes, dtype=torch.float64).T / S
     x, y = ((2 * start + side - 1) / (1 - side).clamp(min=1e-9) for start, side in ((left, width), (top, height)))
-    draw(height * width, (width / height).log(), x, y)
+    draw(((0.2, 1), height * width), ((math.log(3 / 4), math.log(4 / 3)), (width / height).log()))
+    draw(((-1, 1), x), ((-1, 1), y))
     out = hw4.random_crop_flip(images, size, 0.2)
     crop = partial(tvf.resized_crop, size=[size, size], antialias=False)
     crops = [crop(image / 255, *box) for image, box in zip(images, boxes, strict=True)]
@@ -155,16 +250,19 @@ def test_crop_and_flip_equal_torchvision(hw4, draw):
     assert_close_pixels(out, [tvf.hflip(c) if f else c for c, f in zip(crops, flipped, strict=True)])
 
 
-def test_colour_changes_equal_torchvision(hw4, draw):
-    """The images have a black, a white and a grey row; the last two are drawn to lose all colour."""
-    expected, factors = torch.rand(6, 3, 16, 16), torch.tensor([0.6, 0.9, 1.0, 1.1, 1.2, 1.4])
-    expected[..., :3, :] = torch.tensor([0.0, 1.0, 0.5])[:, None]
-    values = [factors, factors.flip(0), factors.roll(2)]
-    draw(*values, torch.tensor([1, 0.9, 0.8, 0.7, 0.2, 0.1]))
-    out = hw4.color_jitter(expected, 0.5, 0.3)
-    for adjust, row in zip((tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation), values, strict=True):
-        expected = list(map(adjust, expected, row.tolist()))
-    assert_close_pixels(out, [*expected[:4], *(tvf.rgb_to_grayscale(image, 3) for image in expected[4:])])
+@pytest.mark.parametrize("gray", [0.0, 1.0])
+def test_colour_changes_equal_torchvision(hw4, draw, gray):
+    """The images have a black, a white and a grey row."""
+    torch.manual_seed(0)
+    images, factors = torch.rand(6, 3, 16, 16), torch.tensor([0.6, 0.9, 1.0, 1.1, 1.2, 1.4])
+    images[..., :3, :] = torch.tensor([0.0, 1.0, 0.5])[:, None]
+    brightness, contrast, saturation = factors, factors.flip(0), factors.roll(2)
+    draw(((0.5, 1.5), torch.cat([brightness, contrast, saturation])))
+    out, expected = hw4.color_jitter(images, 0.5, gray), []
+    for image, b, c, s in zip(images, brightness.tolist(), contrast.tolist(), saturation.tolist(), strict=True):
+        image = tvf.adjust_contrast(tvf.adjust_brightness(image, b), c)
+        expected.append(tvf.rgb_to_grayscale(image, 3) if gray else tvf.adjust_saturation(image, s))
+    assert_close_pixels(out, expected)
 
 
 @pytest.mark.parametrize("size", [16, 27])
