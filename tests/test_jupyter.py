@@ -255,7 +255,7 @@ def test_cells_can_be_stopped_changed_and_run_again_in_any_order(executed, setti
     session = Session(fresh, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     cells = code_cells(fresh)
     choice = next(cell for cell in cells if "PRESETS[preset]" in cell.source)
-    training = next(cell for cell in cells if "scratch = {" in cell.source)
+    training = next(cell for cell in cells if "scratch = [" in cell.source)
     zero_shot = section(fresh, "Zero-Shot Caption Selection")
 
     with session.setup_kernel():

@@ -281,7 +281,7 @@ def test_less_than_a_batch_is_refused(hw4, make_toy):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_training_that_diverges_is_stopped_with_a_remedy_and_not_kept(hw4, make_toy, tmp_path, bad):
-    with pytest.raises(FloatingPointError, match="toy diverged.*: lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="diverged: lower learning_rate"):
         hw4.fit("toy", make_toy(lambda y, ids, keep: (y * bad).sum()), IDS)
     assert not list(tmp_path.iterdir())
 
@@ -296,7 +296,7 @@ def test_steps_that_overflow_in_float16_are_left_out_unless_all_do(hw4, make_toy
     steps = []
     task = make_toy(lambda y, ids, keep: steps.append(ids) or overflow(y, len(steps) == 2))
     assert len(hw4.fit("once", task, IDS)) == 3 and all(p.isfinite().all() for p in task.model.parameters())
-    with pytest.raises(FloatingPointError, match="always diverged"):
+    with pytest.raises(FloatingPointError, match="diverged"):
         hw4.fit("always", make_toy(lambda y, ids, keep: overflow(y, True), batch_size=2), torch.arange(80))
 
 
