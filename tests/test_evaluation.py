@@ -150,7 +150,7 @@ def test_scores_are_means_over_seeds_with_paired_differences(hw4, tables):
     results = {label: [SimpleNamespace(scores=dict.fromkeys(keys, v)) for v in vs] for label, vs in seeds.items()}
     hw4.show_scores(results, keys, [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
     (header, recall, selection) = tables[0]
-    assert header[:5] == ["%", *seeds, "guessing"]
+    assert header[:5] == ["measure [%]", *seeds, "guessing"]
     assert header[5:] == ["SimCLR first − from scratch", "SimCLR first − control"]
     means = [hw4.percent(base + shift) for shift in (0.05, 0.25, 0)]
     assert recall == ["image → text, R@5", *means, "10.0", "**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
@@ -195,7 +195,7 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
     for i, title in zip(rows, sum(shown[1], []), strict=True):
         lines = re.sub(r"\n(?![-+]\d)", " ", title).splitlines()  # without the breaks of long captions
         for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
-            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5])
+            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5].rstrip(" ."))
             value = scores[i, candidate].item()
             assert numbers(line)[:2] == pytest.approx([value, -value], abs=0.006)
         choices = [[line.split()[1 + 2 * model] for line in lines].index("●") for model in (0, 1)]

@@ -83,10 +83,9 @@ def test_more_validation_photos_than_there_are_is_refused(hw4, num_val, copies):
 
 
 def test_less_than_a_batch_is_told_by_the_plan(hw4, data, smoke):
-    model = hw4.DualEncoder(len(data.vocabulary), smoke)
-    hw4.show_plan(model, replace(data, train_ids=data.train_ids[:40]), smoke)
+    hw4.show_plan(replace(data, train_ids=data.train_ids[:40]), smoke)
     with pytest.raises(ValueError, match="batch_size 32 exceeds the 20 images"):
-        hw4.show_plan(model, replace(data, train_ids=data.train_ids[:20]), smoke)
+        hw4.show_plan(replace(data, train_ids=data.train_ids[:20]), smoke)
 
 
 # Folders
@@ -99,24 +98,12 @@ def test_folders_are_read_as_they_are_meant(hw4, monkeypatch, here):
         assert hw4.read_folder("CHECKPOINT_DIR", "kept") == folder
 
 
-@pytest.mark.parametrize("folder", ["drive/MyDrive", "{}/drive/MyDrive/hw4/deep"])
-@pytest.mark.parametrize("name", ["CHECKPOINT_DIR", "FLICKR8K_DIR"])
-def test_a_drive_that_is_not_mounted_is_refused(hw4, monkeypatch, here, folder, name):
-    folder = folder.format(here)
-    monkeypatch.setenv(name, folder)
-    with pytest.raises(FileNotFoundError, match=f"{name} .*{folder}, but no Drive .*mount it, or unset {name}"):
-        hw4.read_folder(name, "kept")
-    assert list(here.iterdir()) == []
-    (here / "drive" / "MyDrive").mkdir(parents=True)
-    assert hw4.read_folder(name, "kept") == Path(folder)
-
-
 @pytest.mark.parametrize("folder", ["taken", "taken/deeper", "/proc/hw4"])
 def test_the_cell_that_names_the_folder_for_trainings_tries_it(hw4, cells, here, monkeypatch, capsys, folder):
     (here / "taken").write_text("a file")
     monkeypatch.setenv("CHECKPOINT_DIR", folder)
-    (cell,) = [source for source in cells if source.startswith("make_folder(")]
-    with pytest.raises(OSError, match=f"{folder} .*: set CHECKPOINT_DIR to another"):
+    (cell,) = [source for source in cells if "checkpoint_dir.mkdir(" in source]
+    with pytest.raises(OSError, match=folder):
         exec(cell, vars(hw4) | {"checkpoint_dir": hw4.read_folder("CHECKPOINT_DIR", "checkpoints")})
     assert capsys.readouterr().out == ""
 

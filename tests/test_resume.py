@@ -341,18 +341,3 @@ def test_a_full_disk_is_told_and_training_goes_on(train, kept, capsys):
     assert len(history) == 3 and "could not be written" in out and "free space, or set CHECKPOINT_DIR" in out
     assert not list(kept.iterdir())
     assert timeless(train()) == timeless(history)
-
-
-def test_a_folder_that_takes_trainings_is_made_and_left_empty(hw4, tmp_path):
-    hw4.make_folder(tmp_path / "new" / "one")
-    assert not list((tmp_path / "new" / "one").iterdir())
-
-
-@pytest.mark.parametrize("name", ["mkdir", "touch"])
-def test_a_folder_that_takes_no_trainings_is_told_before_any_training(hw4, kept, monkeypatch, name):
-    def fail(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, name, fail)
-    with pytest.raises(OSError, match=f"{kept} keeps no trainings .*Permission denied.* set CHECKPOINT_DIR"):
-        hw4.make_folder(kept)
