@@ -107,7 +107,8 @@ def main(source, target, **variables):
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
-        sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
+        again = " Run the same command again to go on." if error.ename == "KeyboardInterrupt" else ""
+        sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}{again}")
     except DeadKernelError:
         sys.exit("The kernel died (out of memory?). Trainings are kept: run this again to go on.")
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_the_running_cell_and_says_so(tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = (text.decode() for text in process.communicate(timeout=50))
     assert process.returncode == 1 and "put away\n[cell 2 of 3 failed]\n" in output
-    assert errors == "The notebook stopped. KeyboardInterrupt: \n"
+    assert errors == "The notebook stopped. KeyboardInterrupt:  Run the same command again to go on.\n"
     assert [bool(cell.outputs) for cell in nbformat.read(path, as_version=4).cells] == [True, True, False]
 
 

@@ -102,7 +102,7 @@ def test_folders_are_read_as_they_are_meant(hw4, monkeypatch, here):
 def test_the_cell_that_names_the_folder_for_trainings_tries_it(hw4, cells, here, monkeypatch, capsys, folder):
     (here / "taken").write_text("a file")
     monkeypatch.setenv("CHECKPOINT_DIR", folder)
-    (cell,) = [source for source in cells if "checkpoint_dir.mkdir(" in source]
+    (cell,) = [source for source in cells if "\nshow_plan(data, config)" in source]
     with pytest.raises(OSError, match=folder):
         exec(cell, vars(hw4) | {"checkpoint_dir": hw4.read_folder("CHECKPOINT_DIR", "checkpoints")})
     assert capsys.readouterr().out == ""
@@ -214,8 +214,8 @@ MISSES = {
     "only a header": (lambda folder: (folder / "captions.txt").write_text("image,caption\n"), (12, 0, 0)),
     "other names": (rename_photos, (12, 12, 0)),
     "one photo too few": (lambda folder: (folder / "Images" / "00007.jpg").unlink(), (11, 12, 11)),
-    "four folders down": (
-        lambda folder: shutil.move(folder / "Images", folder / "a" / "b" / "c" / "Images"),
+    "five folders down": (
+        lambda folder: shutil.move(folder / "Images", folder / "a" / "b" / "c" / "d" / "Images"),
         (0, 12, 0),
     ),
 }
