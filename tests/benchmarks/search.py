@@ -3,7 +3,8 @@
     FLICKR8K_DIR=… python tests/benchmarks/search.py NAME [--config JSON] [--simclr JSON] [--contrastive JSON]
 
 The JSON objects change fields of the preset `cpu` and of its two recipes; `--simclr '{"epochs": 0}'` leaves SimCLR out.
-The validation photos of the notebook are never used (the vocabulary is that of the whole training part). Trainings are kept in checkpoints/search/ and gone on with.
+The validation photos of the notebook are never used; the vocabulary is that of the whole training part. Trainings are
+kept in checkpoints/search/ and gone on with.
 """
 
 import argparse
