@@ -94,7 +94,7 @@ def tables(notebook):
 
 def parts(label):
     """What a text has to name of a label: "image → text, R@5" -> both halves; "dogs (9 words)" -> "dogs"."""
-    label = re.sub(r" *[(\[].*?[)\]]|^[+] ", "", plain(label))
+    label = re.sub(r" *[(\[].*?[)\]]", "", plain(label))
     return [part for part in re.split(r", | - ", label) if re.search("[A-Za-z]", part)]
 
 
@@ -153,26 +153,28 @@ def wrong_numbers(sentence, shown):
 def readme_parts(notebook):
     """{name: text} of the parts of the README between <!-- name --> and <!-- end of name -->."""
     shown = tables(notebook)
-    recall, selection = (table for table in shown if table.heading == "Comparison" and "guessing" in table.header)
+    recall, selection = (table for table in shown if table.heading == "Comparison" and table.header)
     scratch, pretrained, control = recall.header[1:4]
     text = output_text(code_cells(notebook))
     (photos,) = re.findall(r"([\d,]+) validation photos", text)
+    guess = 100 * 5 / int(photos.replace(",", ""))
     preset, hardware = re.findall(r"^preset (\w+) on (.+?), torch\.", text, re.M)[-1]
     (minutes,) = re.findall(r"^finished (\d+) minutes", text, re.M)
 
     def compare(row):
-        first, second, third, guess, *_ = row
-        return f"**{second} %** with {pretrained}, {first} % {scratch}, {third} % {control} (guessing: {guess} %)"
+        first, second, third, *_ = row
+        return f"**{second} %** with {pretrained}; {first} % {scratch}; {third} % {control}"
 
-    lines = ["| " + " | ".join(recall.header) + " |", "| " + " | ".join("---" for _ in recall.header) + " |"]
+    rows = [recall.header, ["---"] * len(recall.header)]
     for table in (recall, selection):
-        lines += ["| " + " | ".join([label, *row]) + " |" for label, row in table.rows.items()]
+        rows += [[label, *row] for label, row in table.rows.items()]
     headline = (
-        f"On {photos} validation photos, Recall@5 (image → text) is {compare(recall.rows['image → text, R@5'])}. "
-        f"The right one of five captions is chosen for {compare(selection.rows['N = 5'])}. "
+        f"On {photos} validation photos, Recall@5 (image → text; guessing: {guess:.1f} %) is "
+        f"{compare(recall.rows['image → text, R@5'])}. "
+        f"The right one of five captions (guessing: 20 %) is chosen for {compare(selection.rows['N = 5'])}. "
         f"Preset `{preset}` on {hardware}, {minutes} minutes in all; means over photos ± half a 95 % interval."
     )
-    return {"headline": headline, "results": "\n".join(lines)}
+    return {"headline": headline, "results": "\n".join("| " + " | ".join(row) + " |" for row in rows)}
 
 
 def with_parts(readme, replacements):

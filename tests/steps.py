@@ -43,7 +43,7 @@ def with_batches_of(size, config):
 def trainer(hw4, task):
     """A function that makes so many steps of `task` as the notebook does, and returns the mean loss."""
     device = task.data.images.device
-    optimizers = hw4.make_optimizers(task.model, task.recipe, task.config)
+    optimizers = hw4.make_optimizers(task.model, task.recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=hw4.choose_dtype(device) == torch.float16)
     ids = task.data.train_ids
 

@@ -67,7 +67,7 @@ def test_optimizers_move_weights_as_on_the_cpu(hw4, half, full):
         gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
         before = [parameter.detach().clone() for parameter in model.parameters()]
         model.to(device)
-        optimizers = hw4.make_optimizers(model, full.contrastive, full)
+        optimizers = hw4.make_optimizers(model, full.contrastive)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient.to(device)
         for optimizer in optimizers:

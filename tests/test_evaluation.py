@@ -82,15 +82,21 @@ def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
     model, i, j = hw4.DualEncoder(len(data.vocabulary), smoke), 11, data.val_ids[11]
     result = hw4.evaluate(model, ["history"], data, smoke)
     assert result.model is model and not model.training and result.history == ["history"]
-    assert result.images.shape == (N, smoke.embed_dim) and result.texts.shape == (5 * N, smoke.embed_dim)
+    assert result.texts.shape == (5 * N, smoke.embed_dim) and not result.similarity.requires_grad
     assert torch.allclose(result.texts[5 * i : 5 * i + 5], model.encode_text(data.tokens[j], data.mask[j]), atol=1e-5)
     view = hw4.plain_view(data.images[j : j + 1], smoke.image_size)
-    assert torch.allclose(result.images[i], model.encode_image(view)[0], atol=1e-5)
-    assert torch.allclose(result.similarity, result.images @ result.texts.T) and not result.similarity.requires_grad
+    assert torch.allclose(result.similarity[i], model.encode_image(view)[0] @ result.texts.T, atol=1e-5)
     expected = hw4.recall_at_k(result.similarity, (1, 3, 5, 10))
     expected |= hw4.selection_accuracy(result.similarity, smoke.protocol)
-    assert list(result.scores) == list(expected) and len(expected) == 17
+    assert result.scores.keys() == expected.keys() and len(expected) == 17
     assert all(torch.equal(result.scores[key], expected[key]) for key in expected)
+
+
+def test_recall_at_5_is_measured_in_any_case(hw4, smoke, data):
+    config = replace(smoke, protocol=replace(smoke.protocol, recall_at=(2,)))
+    result = hw4.evaluate(hw4.DualEncoder(len(data.vocabulary), smoke), [], data, config)
+    expected = hw4.recall_at_k(result.similarity, [5])["both ways", 5]
+    assert torch.equal(result.scores["both ways", 5], expected) and ("both ways", 2) in result.scores
 
 
 # Intervals, tables and figures
@@ -149,40 +155,55 @@ def test_scores_are_means_over_seeds_with_paired_differences(hw4, tables):
     seeds = {hw4.SCRATCH: (base, base + 0.1), hw4.PRETRAINED: (base + 0.2, base + 0.3), "control": (base,)}
     results = {label: [SimpleNamespace(scores=dict.fromkeys(keys, v)) for v in vs] for label, vs in seeds.items()}
     hw4.show_scores(results, keys, [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
-    (header, recall, selection) = tables[0]
-    assert header[:5] == ["measure [%]", *seeds, "guessing"]
-    assert header[5:] == ["SimCLR first − from scratch", "SimCLR first − control"]
-    means = [hw4.percent(base + shift) for shift in (0.05, 0.25, 0)]
-    assert recall == ["image → text, R@5", *means, "10.0", "**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
-    assert selection == ["N = 10", *means, "10.0", "**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
+    hw4.show_scores(results, keys)
+    header, means = ["measure [%]", *seeds], [hw4.percent(base + shift) for shift in (0.05, 0.25, 0)]
+    rows = [["image → text, R@5", *means], ["N = 10", *means]]
+    pairs, changes = ["SimCLR first − from scratch", "SimCLR first − control"], ["**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
+    assert tables == [[header + pairs, *(row + changes for row in rows)], [header, *rows]]
 
 
-def test_figures_show_means_with_margins_each_seed_and_guessing(hw4, monkeypatch):
+@pytest.mark.parametrize(("measure", "guesses"), [("selection", [[100 / 3, 10]]), ("image → text", [])])
+def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw4, monkeypatch, measure, guesses):
     monkeypatch.setattr(hw4.plt, "show", lambda: None)
     torch.manual_seed(0)
-    keys = [("selection", 3), ("selection", 10)]
+    keys = [(measure, 3), (measure, 10)]
     a, b = (SimpleNamespace(scores={key: torch.rand(30) for key in keys}) for _ in range(2))
-    hw4.plot_scores({hw4.SCRATCH: [a, b]}, {"selection": keys}, "N", "accuracy")
+    hw4.plot_scores({hw4.SCRATCH: [a, b]}, {measure: keys}, "N", "accuracy")
     (axis,) = hw4.plt.gcf().axes
-    mean, low, high, *seeds, guess = [torch.tensor(list(map(float, line.get_ydata()))) for line in axis.lines]
+    lines = [torch.tensor(list(map(float, line.get_ydata()))) for line in axis.lines]
+    (mean, low, high, *seeds), rest = lines[:5], lines[5:]
     values = [torch.stack([100 * run.scores[key] for key in keys], dim=1) for run in (a, b)]  # (30, 2) each
     values = torch.stack([(values[0] + values[1]) / 2, *values])
     assert torch.allclose(torch.stack([mean, *seeds]), values.mean(1), atol=1e-3)
     assert torch.allclose((high - low) / 2, hw4.margin(values[0]), atol=1e-3)
-    assert guess.tolist() == pytest.approx([100 / 3, 10])
+    assert len(rest) == len(guesses) and all(map(torch.allclose, rest, map(torch.tensor, guesses)))
     hw4.plt.close()
 
 
-def test_trainings_are_compared_with_the_row_above_and_the_first(hw4, tables):
+def test_drawing_of_the_model_tells_its_sizes(hw4, smoke, monkeypatch):
+    monkeypatch.setattr(hw4.plt, "show", lambda: None)
+    sizes = {"vision": hw4.Size(width=48, depth=3, num_heads=2), "text": hw4.Size(width=32, depth=5, num_heads=2)}
+    hw4.draw_model(replace(smoke, **sizes, patch_size=4, max_tokens=17))
+    drawn = "\n".join(text.get_text().replace("\n", " ") for text in hw4.plt.gcf().axes[0].texts)
+    hw4.plt.close()
+    for size in ("patches of 4 × 4 pixels", "at most 17 tokens", "3 blocks of width 48", "5 blocks of width 32"):
+        assert size in drawn
+
+
+def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables):
     torch.manual_seed(0)
     base, trainings = torch.rand(50) / 2, {}
     for i, label in enumerate("abc"):
         history = [{"epoch": 1, "loss": 9.0, "seconds": 30}, {"epoch": 2, "loss": 2 + i, "seconds": 60, "val_loss": 3}]
         trainings[label] = SimpleNamespace(scores={("both ways", 5): base + 0.1 * i}, history=history)
+    hw4.show_trainings(trainings, [("c", "a"), ("b", "c")])
+    shown, differences = tables
+    assert shown[0][2:] == ["training loss", "validation loss", "epochs", "minutes"]
+    for i, row in enumerate(shown[1:]):
+        assert row == ["abc"[i], hw4.percent(base + 0.1 * i), f"{2 + i:.2f}", "3.00", "2", "1.5"]
+    assert differences[1:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**-10.0 ± 0.0**"]]
     hw4.show_trainings(trainings)
-    changes = [["", ""], ["**+10.0 ± 0.0**"] * 2, ["**+10.0 ± 0.0**", "**+20.0 ± 0.0**"]]
-    for i, row in enumerate(tables[0][1:]):
-        assert row == ["abc"[i], hw4.percent(base + 0.1 * i), *changes[i], "2", "1.5", f"{2 + i:.2f}", "3.00"]
+    assert tables[2:] == [shown]
 
 
 def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, data, scores, monkeypatch):

@@ -26,11 +26,11 @@ def test_patches_are_cut_row_by_row_and_wrong_sizes_refused(hw4):
 
 
 @pytest.mark.parametrize(("share", "num_kept"), [(0.25, 4), (0.75, 12), (0.01, 1)])
-def test_keep_random_takes_a_share_per_image_and_no_token_twice(hw4, share, num_kept):
+def test_keep_random_takes_the_same_share_of_each_group_and_no_token_twice(hw4, share, num_kept):
     torch.manual_seed(0)
     x = torch.arange(50 * 16).view(50, 16, 1).expand(-1, -1, 3)
-    kept = hw4.keep_random(x, share)
-    assert kept.shape == (50, num_kept, 3) and (kept == kept[..., :1]).all()
+    kept, others = hw4.keep_random(share, x, -x[..., :2])
+    assert kept.shape == (50, num_kept, 3) and (kept == kept[..., :1]).all() and torch.equal(others, -kept[..., :2])
     assert (kept[..., 0] // 16 == torch.arange(50)[:, None]).all()  # of its own image
     places = [tuple(sorted(row)) for row in (kept[..., 0] % 16).tolist()]
     assert all(len(set(row)) == num_kept for row in places)
@@ -158,13 +158,14 @@ def test_precision_on_the_cpu_is_half_only_where_that_is_fast(hw4, monkeypatch, 
     assert hw4.measured_dtype(torch.device("cpu")) == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("available", "said"), [(True, "this PyTorch cannot use the GPU ("), (False, "in Colab choose Runtime → Change")]
-)
-def test_without_a_gpu_that_works_the_cpu_is_chosen_and_the_reason_said(hw4, monkeypatch, capsys, available, said):
+@pytest.mark.parametrize(("available", "chosen"), [(True, ("cuda", "full")), (False, ("cpu", "cpu"))])
+def test_a_gpu_is_taken_and_without_one_that_is_said(hw4, cells, here, monkeypatch, capsys, available, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.linalg.cholesky(-torch.eye(2)))  # RuntimeError
-    assert hw4.choose_device() == torch.device("cpu") and said in capsys.readouterr().out
+    (cell,) = [source for source in cells if "\ndevice = " in source]
+    run = dict(vars(hw4))
+    exec(cell, run)
+    assert (run["device"].type, run["preset"]) == chosen
+    assert ("no GPU: training takes hours; in Colab choose" in capsys.readouterr().out) != available
 
 
 def test_preset_follows_the_device_unless_one_is_named(hw4, here, monkeypatch):
@@ -179,5 +180,7 @@ def test_preset_follows_the_device_unless_one_is_named(hw4, here, monkeypatch):
 def test_settings_taken_from_papers_are_theirs(hw4):
     """CLIP, Muon, and SimCLR, which tries temperatures from 0.05 to 1 and finds 0.1 best."""
     config = hw4.Config()
-    assert config.adamw_betas == (0.9, 0.98) and config.max_logit_scale == 100 and config.muon_momentum == 0.95
+    for recipe in (config.contrastive, config.simclr):
+        assert recipe.adamw_betas == (0.9, 0.98) and recipe.muon_momentum == 0.95
+    assert config.max_logit_scale == 100
     assert config.first_logit_scale == pytest.approx(1 / 0.07) and 0.05 <= config.temperature <= 0.5

@@ -215,9 +215,9 @@ def test_recall_equals_torchmetrics(hw4, tied, k):
 def draw(hw4, monkeypatch):
     """draw(((low, high), values), ...): what the next calls of `uniform` must ask for, and what they return."""
 
-    def uniform(n, low, high, device):
+    def uniform(shape, low, high, device):
         bounds, values = left.pop(0)
-        assert (low, high) == pytest.approx(bounds) and len(values) == n
+        assert (low, high) == pytest.approx(bounds) and values.shape == torch.empty(shape).shape
         assert (values >= low - 1e-6).all() and (values <= high + 1e-6).all()
         return values.float()
 
@@ -241,7 +241,7 @@ def test_crop_and_flip_equal_torchvision(hw4, draw):
     top, left, height, width = torch.tensor(boxes, dtype=torch.float64).T / S
     x, y = ((2 * start + side - 1) / (1 - side).clamp(min=1e-9) for start, side in ((left, width), (top, height)))
     draw(((0.2, 1), height * width), ((math.log(3 / 4), math.log(4 / 3)), (width / height).log()))
-    draw(((-1, 1), x), ((-1, 1), y))
+    draw(((-1, 1), torch.stack([x, y], dim=1)))
     out = hw4.random_crop_flip(images, size, 0.2)
     crop = partial(tvf.resized_crop, size=[size, size], antialias=False)
     crops = [crop(image / 255, *box) for image, box in zip(images, boxes, strict=True)]
@@ -257,7 +257,7 @@ def test_colour_changes_equal_torchvision(hw4, draw, gray):
     images, factors = torch.rand(6, 3, 16, 16), torch.tensor([0.6, 0.9, 1.0, 1.1, 1.2, 1.4])
     images[..., :3, :] = torch.tensor([0.0, 1.0, 0.5])[:, None]
     brightness, contrast, saturation = factors, factors.flip(0), factors.roll(2)
-    draw(((0.5, 1.5), torch.cat([brightness, contrast, saturation])))
+    draw(((0.5, 1.5), torch.stack([brightness, contrast, saturation])[..., None, None, None]))
     out, expected = hw4.color_jitter(images, 0.5, gray), []
     for image, b, c, s in zip(images, brightness.tolist(), contrast.tolist(), saturation.tolist(), strict=True):
         image = tvf.adjust_contrast(tvf.adjust_brightness(image, b), c)

@@ -214,13 +214,13 @@ def test_whatever_changes_a_training_gives_another_file(hw4, task):
         name(data=replace(task.data, fingerprint="of other data")),
     }
     options = {"epochs": 4, "batch_size": 4, "block_size": 4, "muon": False, "validations": 1, "gray": 0.1}
+    options |= {"adamw_betas": (0.9, 0.9)}
     recipes = list(changed_fields(recipe, options))
     names.update(name(recipe=changed) for changed in recipes)
 
     size = hw4.Size(32, 1, 2)
     options = {"num_images": 5, "num_val": 30, "image_size": 8, "max_tokens": 9, "min_word_count": 2, "patch_size": 4}
     options |= {"vision": size, "text": size, "embed_dim": 8, "projector": (8, 8), "captions_per_image": 2}
-    options |= {"adamw_betas": (0.9, 0.9)}
     elsewhere = ("contrastive", "simclr", "protocol", "checkpoint_dir")
     options |= {field: getattr(config, field) for field in elsewhere}
     configs = [changed for changed in changed_fields(config, options) if changed != config]

@@ -50,14 +50,14 @@ def test_augmentation_is_drawn_per_image_and_by_the_seed(hw4):
 
 
 @pytest.mark.parametrize("name", ["contrastive", "simclr"])
-def test_views_of_a_step_in_bfloat16_are_those_of_a_step_in_float32(hw4, config, make_task, monkeypatch, name):
+def test_views_of_a_step_in_bfloat16_are_those_of_a_step_in_float32(hw4, make_task, monkeypatch, name):
     """In bfloat16 the coordinates would move a crop."""
     views = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(hw4, "choose_dtype", lambda device, dtype=dtype: dtype)
         task = make_task(name)
         task.model.vision.register_forward_pre_hook(lambda module, args: views.append(args[0]))
-        optimizers = hw4.make_optimizers(task.model, task.recipe, config)
+        optimizers = hw4.make_optimizers(task.model, task.recipe)
         torch.manual_seed(1)
         hw4.train_epoch(task, task.data.train_ids[:32], 0, optimizers, torch.amp.GradScaler(enabled=False))
     assert len(views) == 2 and views[1].dtype == torch.float32 and torch.equal(*views)
@@ -174,8 +174,9 @@ def test_every_parameter_is_in_one_group_with_its_peak_and_decay(hw4, config, ki
     """Matrices in blocks and convolutions go to Muon unless it is off; what else has two axes decays as they do."""
     vision = hw4.ConvEncoder(config.vision.width) if kind == "convolutional" else None
     model = hw4.SimCLR(config) if kind == "simclr" else hw4.DualEncoder(30, config, vision)
-    recipe = replace(config.contrastive, weight_decay=0.4, learning_rate=3e-3, adamw_share=0.5, muon=muon)
-    optimizers = hw4.make_optimizers(model, recipe, replace(config, adamw_betas=(0.8, 0.9), muon_momentum=0.7))
+    options = {"adamw_share": 0.5, "adamw_betas": (0.8, 0.9), "muon": muon, "muon_momentum": 0.7}
+    recipe = replace(config.contrastive, weight_decay=0.4, learning_rate=3e-3, **options)
+    optimizers = hw4.make_optimizers(model, recipe)
     found = [(o, group, p) for o in optimizers for group in o.param_groups for p in group["params"]]
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert sorted(names[p] for _, _, p in found) == sorted(names.values())
@@ -255,13 +256,15 @@ def test_rates_and_patches_follow_the_progress(hw4, make_toy, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
 
 
-def test_each_group_gets_its_share_of_the_rate(hw4, config, make_toy, monkeypatch):
+def test_each_group_gets_its_share_of_the_rate(hw4, make_toy, monkeypatch):
     task = make_toy()
-    optimizers = hw4.make_optimizers(task.model, task.recipe, config)
+    optimizers = hw4.make_optimizers(task.model, task.recipe)
     monkeypatch.setattr(hw4, "learning_rate_factor", lambda progress, warmup: 0.25)
     hw4.train_epoch(task, torch.arange(12), 0, optimizers, torch.amp.GradScaler(enabled=False))
     adamw, muon = optimizers
-    assert [group["lr"] for group in adamw.param_groups] == [0.25 * 1e-3] * 2 and muon.param_groups[0]["lr"] == 5e-4
+    peak, share = task.recipe.learning_rate, task.recipe.adamw_share
+    assert [group["lr"] for group in adamw.param_groups] == [pytest.approx(0.25 * share * peak)] * 2
+    assert [group["lr"] for group in muon.param_groups] == [pytest.approx(0.25 * peak)]
 
 
 def test_history_has_every_epoch_and_validations_spread_over_them(hw4, make_toy):
