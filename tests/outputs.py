@@ -93,7 +93,7 @@ def tables(notebook):
 
 
 def parts(label):
-    """What a text has to name of a label: "image → text, R@5" -> both halves; "dogs (9 words)" -> "dogs"."""
+    """What a text has to name of a label: "ViT, SimCLR first" -> both halves; "dogs (9)" -> "dogs"."""
     label = re.sub(r" *[(\[].*?[)\]]", "", plain(label))
     return [part for part in re.split(r", | - ", label) if re.search("[A-Za-z]", part)]
 
@@ -115,19 +115,32 @@ def sentences(text):
 
 
 def chosen_tables(sentence, shown):
-    """The tables that a sentence names by their caption, or else by their heading."""
-    by_caption = [table for table in shown if table.caption and names(sentence, [table.caption])]
-    return by_caption or [table for table in shown if table.heading and names(sentence, [table.heading])]
+    """The tables that a sentence names by their caption, or else by their heading; of these, those whose corner it
+    names, if it names any."""
+    chosen = [table for table in shown if table.caption and names(sentence, [table.caption])]
+    chosen = chosen or [table for table in shown if table.heading and names(sentence, [table.heading])]
+    return [table for table in chosen if table.header and names(sentence, parts(table.header[0]))] or chosen
+
+
+def named_cells(sentence, table):
+    """The cells whose row and column a sentence names; the only column of a table needs no name."""
+    for label, cells in table.rows.items():
+        columns = table.header[1:] or [label] * len(cells)
+        for column, cell in zip(columns, cells, strict=True):
+            if names(sentence, parts(label)) and (len(columns) == 1 or names(sentence, parts(column))):
+                yield cell
 
 
 def wrong_numbers(sentence, shown):
     """The numbers in a sentence that it does not find in the tables `shown`. The rule is:
 
-    1. A sentence with a number names a table: by the heading above it (up to a colon: "Comparison", "Question 2") or by
-       the caption above it, the sentence that ends in a colon (up to a comma: "On all training photos").
-    2. It names a row of it by all parts of the row's label: "image → text, R@5" by "image → text" and "R@5".
-    3. The number stands in a cell of such a row, digit by digit: "22.6", "+6.3" (or "6.3"), "22.6 ± 2.3". What stands
-       behind ± is never quoted alone.
+    1. A sentence with a number names a table: by the heading above it (up to a colon: "Comparison", "Experiment 2") or
+       by the caption above it, the sentence that ends in a colon (up to a comma: "On all training photos"). Where
+       tables share these, naming the corner ("image → text") chooses among them.
+    2. It names a row by all parts of its label ("SimCLR first − from scratch" by "SimCLR first" and "from scratch"),
+       and the column ("R@5"), unless there is only one.
+    3. The number stands in such a cell, digit by digit: "22.6", "+6.3" (or "6.3"), "22.6 ± 2.3". What stands behind ±
+       is never quoted alone.
     Numbers within labels that are named ("N = 5"), in formulas, of years and of "95 % interval" are no results.
     """
     sentence = NO_RESULT.sub(" ", plain(sentence))
@@ -136,9 +149,7 @@ def wrong_numbers(sentence, shown):
     known = set()
     for table in chosen:
         phrases.update(part for label in (*table.header, *table.rows) for part in parts(label))
-        for label, cells in table.rows.items():
-            if names(sentence, parts(label)):
-                known.update(match for cell in cells for match in NUMBER.findall(plain(cell)))
+        known.update(match for cell in named_cells(sentence, table) for match in NUMBER.findall(plain(cell)))
 
     for phrase in sorted(phrases, key=len, reverse=True):
         sentence = re.sub(whole(phrase), " ", sentence, flags=re.I) if phrase else sentence
@@ -153,28 +164,32 @@ def wrong_numbers(sentence, shown):
 def readme_parts(notebook):
     """{name: text} of the parts of the README between <!-- name --> and <!-- end of name -->."""
     shown = tables(notebook)
-    recall, selection = (table for table in shown if table.heading == "Comparison" and table.header)
-    scratch, pretrained, control = recall.header[1:4]
+    comparison = [table for table in shown if table.heading == "Comparison" and table.header]
+    to_text, _, selection = comparison
+    scratch, pretrained, control = list(to_text.rows)[:3]
     text = output_text(code_cells(notebook))
     (photos,) = re.findall(r"([\d,]+) validation photos", text)
     guess = 100 * 5 / int(photos.replace(",", ""))
     preset, hardware = re.findall(r"^preset (\w+) on (.+?), torch\.", text, re.M)[-1]
     (minutes,) = re.findall(r"^finished (\d+) minutes", text, re.M)
 
-    def compare(row):
-        first, second, third, *_ = row
+    def compare(table, column):
+        first, second, third = (
+            table.rows[label][table.header.index(column) - 1] for label in (scratch, pretrained, control)
+        )
         return f"**{second} %** with {pretrained}; {first} % {scratch}; {third} % {control}"
 
-    rows = [recall.header, ["---"] * len(recall.header)]
-    for table in (recall, selection):
-        rows += [[label, *row] for label, row in table.rows.items()]
+    lines = []
+    for table in comparison:
+        rows = [[label, *cells] for label, cells in table.rows.items()]
+        lines += ["| " + " | ".join(row) + " |" for row in [table.header, ["---"] * len(table.header), *rows]] + [""]
     headline = (
         f"On {photos} validation photos, Recall@5 (image → text; guessing: {guess:.1f} %) is "
-        f"{compare(recall.rows['image → text, R@5'])}. "
-        f"The right one of five captions (guessing: 20 %) is chosen for {compare(selection.rows['N = 5'])}. "
+        f"{compare(to_text, 'R@5')}. "
+        f"The right one of five captions (guessing: 20 %) is chosen for {compare(selection, 'N = 5')}. "
         f"Preset `{preset}` on {hardware}, {minutes} minutes in all; means over photos ± half a 95 % interval."
     )
-    return {"headline": headline, "results": "\n".join("| " + " | ".join(row) + " |" for row in rows)}
+    return {"headline": headline, "results": "\n".join(lines[:-1])}
 
 
 def with_parts(readme, replacements):

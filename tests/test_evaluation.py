@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from IPython.core.interactiveshell import InteractiveShell
 
 N = 40
@@ -24,11 +25,16 @@ def scores():
 def test_recall_by_hand(hw4):
     """Two images, five captions each; the best own caption of image 0 ranks 3rd, of image 1 2nd, for a tie."""
     similarity = torch.tensor([[1, 5, 2, 0, 3, 9, 8, 1, 0, 0], [6, 1, 4, 3, 7, 7, 1, 2, 3, 1]]) / 10
-    recall = {key: values.tolist() for key, values in hw4.recall_at_k(similarity, (1, 2, 3)).items()}
-    assert [recall["image → text", K] for K in (1, 2, 3)] == [[0, 0], [0, 1], [1, 1]]
-    assert recall["text → image", 1] == pytest.approx([0.2, 0.6])  # the shares of an image's own captions
-    assert recall["text → image", 2] == [1, 1] and recall["both ways", 1] == pytest.approx([0.1, 0.3])
-    assert recall["both ways", 2] == [0.5, 1] and len(recall) == 9
+    recall = {way: values.tolist() for way, values in hw4.recall_at_k(similarity, (1, 2, 3)).items()}
+    assert recall["image → text"] == [[0, 0, 1], [0, 1, 1]] and len(recall) == 2
+    shares = [[0.2, 1, 1], [0.6, 1, 1]]  # of an image's own captions
+    assert recall["text → image"] == [pytest.approx(row) for row in shares]
+
+
+def test_recall_at_5_is_the_mean_of_both_ways(hw4, scores):
+    found = hw4.recall_at_k(scores, (1, 5))
+    expected = (found["image → text"][:, 1] + found["text → image"][:, 1]) / 2
+    assert torch.allclose(hw4.recall_at_5(scores), expected) and expected.std() > 0
 
 
 @pytest.mark.parametrize("decimals", [5, 0])  # with 0 many scores tie
@@ -57,16 +63,16 @@ def test_selection_equals_a_count_over_prefixes_of_the_draws(hw4, scores):
     scores = (scores + 1.5 * hw4.caption_match(N)).round(decimals=1)  # some ties, which count against
     found = hw4.selection_accuracy(scores, hw4.Protocol(draws=3))
     draws = [hw4.draw_candidates(N, 25, seed).tolist() for seed in range(3)]
-    assert list(found) == [("selection", size) for size in (3, 5, 10, 20, 25)]
-    for (_, size), shares in found.items():
+    assert found.shape == (N, 5)
+    for size, shares in zip((3, 5, 10, 20, 25), found.T, strict=True):
         for i, row in enumerate(scores.tolist()):
             wins = [all(row[draw[i][0]] > row[other] for other in draw[i][1:size]) for draw in draws]
             assert shares[i] == pytest.approx(sum(wins) / 3)
 
 
 def all_scores(hw4, similarity):
-    found = hw4.recall_at_k(similarity, (1, 10)) | hw4.selection_accuracy(similarity, hw4.Protocol())
-    return torch.cat(list(found.values()))
+    found = hw4.recall_at_k(similarity, (1, 10)).values()
+    return torch.cat([*found, hw4.selection_accuracy(similarity, hw4.Protocol())], dim=1)
 
 
 def test_perfect_similarities_score_1_and_constant_ones_0(hw4):
@@ -82,21 +88,15 @@ def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
     model, i, j = hw4.DualEncoder(len(data.vocabulary), smoke), 11, data.val_ids[11]
     result = hw4.evaluate(model, ["history"], data, smoke)
     assert result.model is model and not model.training and result.history == ["history"]
-    assert result.texts.shape == (5 * N, smoke.embed_dim) and not result.similarity.requires_grad
-    assert torch.allclose(result.texts[5 * i : 5 * i + 5], model.encode_text(data.tokens[j], data.mask[j]), atol=1e-5)
-    view = hw4.plain_view(data.images[j : j + 1], smoke.image_size)
-    assert torch.allclose(result.similarity[i], model.encode_image(view)[0] @ result.texts.T, atol=1e-5)
+    assert result.similarity.shape == (N, 5 * N) and not result.similarity.requires_grad
+    photo = model.encode_image(hw4.plain_view(data.images[j : j + 1]))
+    captions = model.encode_text(data.tokens[j], data.mask[j])
+    assert torch.allclose(result.similarity[i, 5 * i : 5 * i + 5], captions @ photo[0], atol=1e-5)
     expected = hw4.recall_at_k(result.similarity, (1, 3, 5, 10))
-    expected |= hw4.selection_accuracy(result.similarity, smoke.protocol)
-    assert result.scores.keys() == expected.keys() and len(expected) == 17
+    expected[hw4.SELECTION] = hw4.selection_accuracy(result.similarity, smoke.protocol)
+    assert result.scores.keys() == expected.keys() and len(expected) == 3
     assert all(torch.equal(result.scores[key], expected[key]) for key in expected)
-
-
-def test_recall_at_5_is_measured_in_any_case(hw4, smoke, data):
-    config = replace(smoke, protocol=replace(smoke.protocol, recall_at=(2,)))
-    result = hw4.evaluate(hw4.DualEncoder(len(data.vocabulary), smoke), [], data, config)
-    expected = hw4.recall_at_k(result.similarity, [5])["both ways", 5]
-    assert torch.equal(result.scores["both ways", 5], expected) and ("both ways", 2) in result.scores
+    assert torch.equal(result.recall, hw4.recall_at_5(result.similarity))
 
 
 # Intervals, tables and figures
@@ -150,33 +150,36 @@ def tables(hw4, monkeypatch):
 
 def test_scores_are_means_over_seeds_with_paired_differences(hw4, tables):
     torch.manual_seed(0)
-    base = torch.rand(50) / 2
-    keys = [("image → text", 5), ("selection", 10)]
+    base = torch.rand(50, 2) / 2
     seeds = {hw4.SCRATCH: (base, base + 0.1), hw4.PRETRAINED: (base + 0.2, base + 0.3), "control": (base,)}
-    results = {label: [SimpleNamespace(scores=dict.fromkeys(keys, v)) for v in vs] for label, vs in seeds.items()}
-    hw4.show_scores(results, keys, [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
-    hw4.show_scores(results, keys)
-    header, means = ["measure [%]", *seeds], [hw4.percent(base + shift) for shift in (0.05, 0.25, 0)]
-    rows = [["image → text, R@5", *means], ["N = 10", *means]]
-    pairs, changes = ["SimCLR first − from scratch", "SimCLR first − control"], ["**+20.0 ± 0.0**", "**+25.0 ± 0.0**"]
-    assert tables == [[header + pairs, *(row + changes for row in rows)], [header, *rows]]
+    results = {label: [SimpleNamespace(scores={"way": values}) for values in group] for label, group in seeds.items()}
+    hw4.show_results(results, "way", ["R@1", "R@5"], [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
+    hw4.show_results(results, "way", ["R@1", "R@5"])
+    rows = [["way [%]", "R@1", "R@5"]]
+    for label, shift in zip(seeds, (0.05, 0.25, 0), strict=True):
+        rows.append([label, *map(hw4.percent, (base + shift).T)])
+    changes = [
+        ["SimCLR first − from scratch", *["**+20.0 ± 0.0**"] * 2],
+        ["SimCLR first − control", *["**+25.0 ± 0.0**"] * 2],
+    ]
+    assert tables == [rows + changes, rows]
 
 
-@pytest.mark.parametrize(("measure", "guesses"), [("selection", [[100 / 3, 10]]), ("image → text", [])])
-def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw4, monkeypatch, measure, guesses):
+@pytest.mark.parametrize("measure", ["selection accuracy", "image → text"])
+def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw4, monkeypatch, measure):
     monkeypatch.setattr(hw4.plt, "show", lambda: None)
     torch.manual_seed(0)
-    keys = [(measure, 3), (measure, 10)]
-    a, b = (SimpleNamespace(scores={key: torch.rand(30) for key in keys}) for _ in range(2))
-    hw4.plot_scores({hw4.SCRATCH: [a, b]}, {measure: keys}, "N", "accuracy")
+    a, b = (SimpleNamespace(scores={measure: torch.rand(30, 2)}) for _ in range(2))
+    hw4.plot_results({hw4.SCRATCH: [a, b]}, [measure], (3, 10), "N")
     (axis,) = hw4.plt.gcf().axes
     lines = [torch.tensor(list(map(float, line.get_ydata()))) for line in axis.lines]
     (mean, low, high, *seeds), rest = lines[:5], lines[5:]
-    values = [torch.stack([100 * run.scores[key] for key in keys], dim=1) for run in (a, b)]  # (30, 2) each
+    values = [100 * run.scores[measure] for run in (a, b)]  # (30, 2) each
     values = torch.stack([(values[0] + values[1]) / 2, *values])
     assert torch.allclose(torch.stack([mean, *seeds]), values.mean(1), atol=1e-3)
     assert torch.allclose((high - low) / 2, hw4.margin(values[0]), atol=1e-3)
-    assert len(rest) == len(guesses) and all(map(torch.allclose, rest, map(torch.tensor, guesses)))
+    guesses = [[100 / 3, 10.0]] if measure == hw4.SELECTION else []
+    assert [guess.tolist() for guess in rest] == [pytest.approx(guess) for guess in guesses]
     hw4.plt.close()
 
 
@@ -190,20 +193,24 @@ def test_drawing_of_the_model_tells_its_sizes(hw4, smoke, monkeypatch):
         assert size in drawn
 
 
-def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables):
+def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables, monkeypatch):
+    monkeypatch.setattr(hw4.plt, "show", lambda: None)
     torch.manual_seed(0)
     base, trainings = torch.rand(50) / 2, {}
     for i, label in enumerate("abc"):
         history = [{"epoch": 1, "loss": 9.0, "seconds": 30}, {"epoch": 2, "loss": 2 + i, "seconds": 60, "val_loss": 3}]
-        trainings[label] = SimpleNamespace(scores={("both ways", 5): base + 0.1 * i}, history=history)
+        trainings[label] = SimpleNamespace(recall=base + 0.1 * i, history=history)
     hw4.show_trainings(trainings, [("c", "a"), ("b", "c")])
-    shown, differences = tables
-    assert shown[0][2:] == ["training loss", "validation loss", "epochs", "minutes"]
-    for i, row in enumerate(shown[1:]):
-        assert row == ["abc"[i], hw4.percent(base + 0.1 * i), f"{2 + i:.2f}", "3.00", "2", "1.5"]
-    assert differences[1:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**-10.0 ± 0.0**"]]
-    hw4.show_trainings(trainings)
-    assert tables[2:] == [shown]
+    cost, recalls = tables
+    assert cost[0][1:] == ["training loss", "validation loss", "epochs", "minutes"]
+    assert cost[1:] == [["abc"[i], f"{2 + i:.2f}", "3.00", "2", "1.5"] for i in range(3)]
+    assert recalls[1:4] == [["abc"[i], hw4.percent(base + 0.1 * i)] for i in range(3)]
+    assert recalls[4:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**-10.0 ± 0.0**"]]
+    bars = hw4.plt.gcf().axes[0].containers
+    hw4.plt.close()
+    assert [bar[0].get_xdata()[0] for bar in bars] == pytest.approx(
+        [100 * (base + 0.1 * i).mean().item() for i in range(3)]
+    )
 
 
 def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, data, scores, monkeypatch):
@@ -214,7 +221,7 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
     hw4.show_selections(results, data, rows, candidates)
     assert torch.equal(torch.cat(shown[0]), data.images[data.val_ids[rows]])
     for i, title in zip(rows, sum(shown[1], []), strict=True):
-        lines = re.sub(r"\n(?![-+]\d)", " ", title).splitlines()  # without the breaks of long captions
+        verdict, *lines = re.sub(r"\n(?![-+]\d)", " ", title).splitlines()  # without the breaks of long captions
         for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
             assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5].rstrip(" ."))
             value = scores[i, candidate].item()
@@ -222,20 +229,24 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
         choices = [[line.split()[1 + 2 * model] for line in lines].index("●") for model in (0, 1)]
         drawn = scores[i, candidates[i]]
         assert choices == [drawn.argmax(), drawn.argmin()] and title.count("●") == 2
+        words = ["right" if choice == 0 else "wrong" for choice in choices]
+        assert verdict == f"a is {words[0]}, b is {words[1]}"
 
 
 # Measures of the experiments
 
 
-def test_share_below_equals_a_count(hw4, scores):
+def test_description_of_the_space_equals_a_count(hw4, scores):
     scores = scores.round(decimals=1)  # some ties, which count against
-    found = hw4.share_below(scores)
-    assert found.shape == (N, 5)
+    true, wrong_mean, below = hw4.describe_space(scores)
+    assert true.shape == wrong_mean.shape == (N,) and below.shape == (N, 5)
     for i in range(N):
         wrong = [value for j, value in enumerate(scores[i].tolist()) if j // 5 != i]
+        assert wrong_mean[i].item() == pytest.approx(sum(wrong) / len(wrong), abs=1e-5)
+        assert true[i].item() == pytest.approx(scores[i, 5 * i : 5 * i + 5].mean().item(), abs=1e-5)
         for c in range(5):
-            below = sum(value < scores[i, 5 * i + c].item() for value in wrong)
-            assert found[i, c].item() == pytest.approx(below / len(wrong))
+            count = sum(value < scores[i, 5 * i + c].item() for value in wrong)
+            assert below[i, c].item() == pytest.approx(count / len(wrong))
 
 
 def test_recall_without_layout_shuffles_the_positions_of_patches_in_a_copy(hw4, smoke, data, monkeypatch):
@@ -243,20 +254,21 @@ def test_recall_without_layout_shuffles_the_positions_of_patches_in_a_copy(hw4, 
     run = hw4.evaluate(hw4.DualEncoder(len(data.vocabulary), smoke), [], data, smoke)
     embed_gallery, used = hw4.embed_gallery, []
 
-    def spy(model, data, config):
-        used.append(model.vision.position_embedding.detach()[0].tolist())
-        return embed_gallery(model, data, config)
+    def spy(model, data):
+        used.append(model.vision.position_embedding.detach().flatten(2)[0].T.tolist())
+        return embed_gallery(model, data)
 
     monkeypatch.setattr(hw4, "embed_gallery", spy)
     hw4.recall_without_layout(run, data, smoke)
     hw4.recall_without_layout(run, data, smoke)
-    trained, shuffled = run.model.vision.position_embedding.tolist()[0], used[0]
-    assert shuffled[0] == trained[0] and sorted(shuffled) == sorted(trained) and shuffled != trained
-    assert used[1] == shuffled
+    kept = run.model.vision.position_embedding.detach()
+    trained = F.interpolate(kept, 6, mode="bicubic").flatten(2)[0].T.tolist()  # 48 px in patches of 8
+    assert kept.shape[2:] == (4, 4) and sorted(used[0]) == sorted(trained) and used[0] != trained
+    assert used[1] == used[0]
     with torch.no_grad():
-        run.model.vision.position_embedding[:, 1:] = 0.5  # no layout to lose
+        run.model.vision.position_embedding[:] = 0.5  # no layout to lose
     same = hw4.evaluate(run.model, [], data, smoke)
-    assert torch.equal(hw4.recall_without_layout(same, data, smoke), same.scores["both ways", 5])
+    assert torch.equal(hw4.recall_without_layout(same, data, smoke), same.recall)
 
 
 def test_words_are_found_in_any_caption_and_left_out_where_validation_cannot_judge(hw4, data):
@@ -264,9 +276,12 @@ def test_words_are_found_in_any_caption_and_left_out_where_validation_cannot_jud
     tokens[0, 4, 3] = tokens[3, 0, 1] = tokens[5, 2, 2] = 3
     tokens[3:, 1, 1] = 4  # in all validation photos
     tokens[:3, 0, 0] = 5  # in none
-    few = replace(data, tokens=tokens, vocabulary={"red": 3, "dog": 4, "cat": 5}, val_ids=torch.tensor([3, 4, 5]))
-    found = hw4.find_words({"colours": "blue red", "animals": "dog cat"}, few)
-    assert list(found) == ["colours"] and found["colours"].tolist() == [[i in (0, 3, 5)] for i in range(6)]
+    tokens[1, 0, 0] = tokens[4, 3, 3] = 6
+    vocabulary = {"red": 3, "dog": 4, "cat": 5, "pink": 6}
+    few = replace(data, tokens=tokens, vocabulary=vocabulary, val_ids=torch.tensor([3, 4, 5]))
+    found = hw4.find_words({"colours": "blue red pink", "animals": "dog cat", "alone": "red"}, few)
+    assert list(found) == ["colours"]
+    assert found["colours"].tolist() == [[i in (0, 3, 5), i in (1, 4)] for i in range(6)]
 
 
 def test_auc_equals_a_count_of_pairs(hw4):
@@ -292,10 +307,13 @@ def test_probe_finds_what_is_there_and_only_that(hw4, smoke, data):
 
 
 def test_probes_are_shown_by_kind_and_compared_over_all_words(hw4, tables):
-    values = {"colours": torch.tensor([0.5, 0.7]), "scenes": torch.tensor([0.8])}
+    values = {"colours": torch.tensor([0.5, 0.7]), "scenes": torch.tensor([0.8, 0.8])}
     better = {kind: aucs + 0.1 for kind, aucs in values.items()}
     hw4.show_probes({"random": values, "SimCLR": better}, [("SimCLR", "random")])
-    means, differences = tables
-    assert means[0] == ["AUC [%]", "random", "SimCLR"]
-    assert means[1:] == [["colours (2 words)", "60.0", "70.0"], ["scenes (1 words)", "80.0", "90.0"]]
-    assert differences[1:] == [["SimCLR − random", "**+10.0 ± 0.0**"]]
+    ((header, *rows),) = tables
+    assert header == ["AUC [%]", "colours (2)", "scenes (2)", "all words"]
+    assert [[cell.split()[0] for cell in row] for row in rows[:2]] == [
+        ["random", "60.0", "80.0", "70.0"],
+        ["SimCLR", "70.0", "90.0", "80.0"],
+    ]
+    assert rows[2:] == [["SimCLR − random", *["**+10.0 ± 0.0**"] * 3]]

@@ -49,7 +49,8 @@ def test_vit_equals_torchvision(hw4, smoke):
     state = reference_weights(ours.encoder, "encoder.layers.encoder_layer_", "encoder.ln", names)
     state["conv_proj.weight"] = ours.patch_embedding.weight.view(24, 3, 8, 8)
     state["conv_proj.bias"] = ours.patch_embedding.bias
-    state["class_token"], state["encoder.pos_embedding"] = ours.class_token, ours.position_embedding
+    positions = ours.position_embedding.flatten(2).mT  # the class token has none of its own
+    state["class_token"], state["encoder.pos_embedding"] = ours.class_token, F.pad(positions, (0, 0, 1, 0))
     reference.load_state_dict(state)
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(ours(images), reference(images), atol=1e-5, rtol=0)
@@ -201,11 +202,10 @@ def test_recall_equals_torchmetrics(hw4, tied, k):
     match = hw4.caption_match(30)
     scores = torch.randint(40, (30, 150)).float() if tied else torch.randn(30, 150)
     lowered = scores - 0.5 * match if tied else scores
-    recall = {key: values.mean().item() for key, values in hw4.recall_at_k(scores, [k]).items()}
+    recall = {way: values.mean().item() for way, values in hw4.recall_at_k(scores, [k]).items()}
     to_text, to_image = hit_rate(lowered, match, k), hit_rate(lowered.T, match.T, k)
-    assert recall["image → text", k] == pytest.approx(to_text) and 0 < to_text < 1
-    assert recall["text → image", k] == pytest.approx(to_image) and 0 < to_image < 1
-    assert recall["both ways", k] == pytest.approx((to_text + to_image) / 2)
+    assert recall["image → text"] == pytest.approx(to_text) and 0 < to_text < 1
+    assert recall["text → image"] == pytest.approx(to_image) and 0 < to_image < 1
 
 
 # Views
@@ -265,11 +265,8 @@ def test_colour_changes_equal_torchvision(hw4, draw, gray):
     assert_close_pixels(out, expected)
 
 
-@pytest.mark.parametrize("size", [16, 27])
-def test_plain_view_equals_torchvision_and_pillow(hw4, size):
+def test_plain_view_equals_torchvision(hw4):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
-    out = hw4.plain_view(images, size)
-    assert_close_pixels(out, [hw4.normalize(tvf.resize(i / 255, [size, size], antialias=True)) for i in images])
-    pillow = [tvf.to_tensor(tvf.resize(tvf.to_pil_image(i), [size, size])) for i in images]
-    assert_close_pixels(out, map(hw4.normalize, pillow))
+    pixels = tvf.convert_image_dtype(images, torch.float32)
+    assert torch.allclose(hw4.plain_view(images), tvf.normalize(pixels, [hw4.MEAN] * 3, [hw4.STD] * 3), atol=1e-5)

@@ -213,7 +213,7 @@ def test_whatever_changes_a_training_gives_another_file(hw4, task):
         name(model=moved),
         name(data=replace(task.data, fingerprint="of other data")),
     }
-    options = {"epochs": 4, "batch_size": 4, "block_size": 4, "muon": False, "validations": 1, "gray": 0.1}
+    options = {"epochs": 4, "batch_size": 4, "block_size": 4, "muon": False, "validate_every": 2, "gray": 0.1}
     options |= {"adamw_betas": (0.9, 0.9)}
     recipes = list(changed_fields(recipe, options))
     names.update(name(recipe=changed) for changed in recipes)
