@@ -64,7 +64,7 @@ def smoke(hw4, tmp_path_factory):
     """The smoke preset, cut to a few seconds."""
     config = hw4.PRESETS["smoke"]
     contrastive, simclr = replace(config.contrastive, epochs=2), replace(config.simclr, epochs=1)
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    folder = tmp_path_factory.mktemp("checkpoints")
     return replace(config, contrastive=contrastive, simclr=simclr, num_val=40, checkpoint_dir=folder)
 
 

@@ -25,7 +25,7 @@ def shrink(config, hw4, folder):
     recipes = {name: replace(getattr(config, name), epochs=3, batch_size=8) for name in ("contrastive", "simclr")}
     size = hw4.Size(width=48, depth=1, num_heads=2)
     sizes = {"image_size": 16, "vision": size, "text": size, "embed_dim": 16, "projector": (16, 8)}
-    return replace(config, **recipes, **sizes, checkpoint_dir=str(folder))
+    return replace(config, **recipes, **sizes, checkpoint_dir=Path(folder))
 
 
 def train(hw4, name, data, config):

@@ -76,7 +76,7 @@ def test_caption_selection_has_enough_captions_of_other_photos(hw4, candidates, 
 
 def test_fewest_photos_of_a_selection_can_be_trained(hw4, data, smoke, tmp_path):
     protocol = replace(smoke.protocol, candidates=(3,))
-    config = replace(smoke, protocol=protocol, num_val=2, checkpoint_dir=str(tmp_path))
+    config = replace(smoke, protocol=protocol, num_val=2, checkpoint_dir=tmp_path)
     task = hw4.ContrastiveTask(hw4.DualEncoder(len(data.vocabulary), config), data, config, config.contrastive)
     assert hw4.checkpoint_path("name", task, data.train_ids, 0).parent == tmp_path
 

@@ -234,7 +234,7 @@ def test_what_changes_no_training_gives_the_same_file(hw4, task, tmp_path):
     name = hw4.checkpoint_path("run", task, ids, 0).name
     for change in (
         {"protocol": replace(config.protocol, num_seeds=9, control_epochs=1, recall_at=(1, 5))},
-        {"checkpoint_dir": str(tmp_path / "another")},
+        {"checkpoint_dir": tmp_path / "another"},
         {"simclr": replace(config.simclr, epochs=99)},
     ):
         other = hw4.ContrastiveTask(task.model, task.data, replace(config, **change), task.recipe)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 @pytest.fixture
 def config(smoke, tmp_path):
     """The smoke preset with a fresh folder, so that nothing is loaded."""
-    return replace(smoke, checkpoint_dir=str(tmp_path))
+    return replace(smoke, checkpoint_dir=tmp_path)
 
 
 @pytest.fixture

@@ -32,12 +32,12 @@ def main():
     preset, without_simclr = hw4.PRESETS["cpu"], given.simclr.get("epochs") == 0
     config = replace(
         preset,
-        checkpoint_dir="checkpoints/search",
+        checkpoint_dir=Path("checkpoints/search"),
         simclr=preset.simclr if without_simclr else replace(preset.simclr, **given.simclr),
         contrastive=replace(preset.contrastive, **given.contrastive),
         **given.config,
     )
-    Path(config.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+    config.checkpoint_dir.mkdir(parents=True, exist_ok=True)
 
     data = hw4.load_flickr8k(Path(os.environ["FLICKR8K_DIR"]), config, torch.device("cpu"))
     order = torch.randperm(len(data.train_ids), generator=torch.Generator().manual_seed(SPLIT_SEED))
