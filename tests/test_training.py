@@ -158,6 +158,10 @@ def test_validation_measures_every_image_with_its_own_captions(hw4, data, make_t
     assert 0.1 < recall < 0.99 and losses[0] < 1.5 * math.log(size)
     assert make_task("simclr").validate() == {}
 
+    task.recipe = replace(task.recipe, batch_size=2 * n)  # fewer photos than a batch
+    whole = task.loss(images, texts.view(n, 5, -1).transpose(0, 1)).item()
+    assert task.validate()["val_loss"] == pytest.approx(whole, rel=1e-4)
+
 
 # Schedule and optimizers
 

@@ -51,7 +51,11 @@ def main():
     for seed in range(given.seeds):
         start = time.perf_counter()
         run = hw4.train_contrastive(given.name, data, config, seed, vision)
-        percent = {key: 100 * values.mean().item() for key, values in run.scores.items()}
+        percent = {}
+        for measure, values in run.scores.items():
+            numbers = run.protocol.candidates if measure == hw4.SELECTION else run.protocol.recall_at
+            means = (100 * values.mean(0)).tolist()
+            percent |= {(measure, number): mean for number, mean in zip(numbers, means, strict=True)}
         total = sum(percent[way, K] for way in (hw4.TO_TEXT, hw4.TO_IMAGE) for K in (1, 5, 10))
         columns = [total, percent[hw4.TO_TEXT, 5], percent[hw4.TO_IMAGE, 5]]
         columns += [percent[hw4.SELECTION, N] for N in (5, 25)]
