@@ -189,12 +189,17 @@ def test_drawing_of_the_model_tells_its_sizes(hw4, smoke, monkeypatch):
     hw4.draw_model(replace(smoke, **sizes, patch_size=4, max_tokens=17))
     drawn = "\n".join(text.get_text().replace("\n", " ") for text in hw4.plt.gcf().axes[0].texts)
     hw4.plt.close()
-    for size in ("patches of 4 × 4 pixels", "at most 17 tokens", "3 blocks of width 48", "5 blocks of width 32"):
+    for size in (
+        "patches of 4 × 4,",
+        f"projection to {smoke.embed_dim}",
+        "at most 17 tokens",
+        "3 blocks of width 48",
+        "5 blocks of width 32",
+    ):
         assert size in drawn
 
 
-def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables, monkeypatch):
-    monkeypatch.setattr(hw4.plt, "show", lambda: None)
+def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables):
     torch.manual_seed(0)
     base, trainings = torch.rand(50) / 2, {}
     for i, label in enumerate("abc"):
@@ -206,22 +211,20 @@ def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables, 
     assert cost[1:] == [["abc"[i], f"{2 + i:.2f}", "3.00", "2", "1.5"] for i in range(3)]
     assert recalls[1:4] == [["abc"[i], hw4.percent(base + 0.1 * i)] for i in range(3)]
     assert recalls[4:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**-10.0 ± 0.0**"]]
-    bars = hw4.plt.gcf().axes[0].containers
-    hw4.plt.close()
-    assert [bar[0].get_xdata()[0] for bar in bars] == pytest.approx(
-        [100 * (base + 0.1 * i).mean().item() for i in range(3)]
-    )
 
 
 def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, data, scores, monkeypatch):
-    shown, rows = [], [4, 9, 17, 30]
-    monkeypatch.setattr(hw4, "show_photos", lambda *args: shown.extend(args))
+    rows = [4, 9, 17, 30]
+    monkeypatch.setattr(hw4.plt, "show", lambda: None)
     results = {"a": [SimpleNamespace(similarity=scores)], "b": [SimpleNamespace(similarity=-scores)]}
     candidates = hw4.draw_candidates(N, 5, seed=0)
     hw4.show_selections(results, data, rows, candidates)
-    assert torch.equal(torch.cat(shown[0]), data.images[data.val_ids[rows]])
-    for i, title in zip(rows, sum(shown[1], []), strict=True):
-        verdict, *lines = re.sub(r"\n(?![-+]\d)", " ", title).splitlines()  # without the breaks of long captions
+    axes = hw4.plt.gcf().axes
+    hw4.plt.close()
+    for i, photo, texts in zip(rows, axes[::2], axes[1::2], strict=True):
+        assert (photo.images[0].get_array() == data.images[data.val_ids[i]].permute(1, 2, 0).numpy()).all()
+        title = texts.texts[0].get_text()
+        verdict, *lines = re.sub(r"\n +", " ", title).splitlines()  # without the breaks of long captions
         for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
             assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5].rstrip(" ."))
             value = scores[i, candidate].item()

@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -109,8 +110,8 @@ def test_the_cell_that_names_the_folder_for_trainings_tries_it(hw4, cells, here,
     (here / "taken").write_text("a file")
     monkeypatch.setenv("CHECKPOINT_DIR", folder)
     (cell,) = [source for source in cells if "\nshow_plan(data, config)" in source]
-    with pytest.raises(OSError, match=folder):
-        exec(cell, vars(hw4) | {"checkpoint_dir": hw4.read_folder("CHECKPOINT_DIR", "checkpoints")})
+    with pytest.raises(OSError, match=f"{folder} cannot be written: set CHECKPOINT_DIR"):
+        exec(cell, vars(hw4) | {"config": SimpleNamespace(checkpoint_dir=hw4.read_folder("CHECKPOINT_DIR", ""))})
     assert capsys.readouterr().out == ""
 
 
@@ -233,7 +234,7 @@ def test_too_few_usable_photos_end_in_one_message_with_all_counts(hw4, here, fol
     spoil, counts = MISSES[miss]
     spoil(folder)
     monkeypatch.setenv("FLICKR8K_DIR", "mine")
-    found = r"{} photos\D+{}\D+{}\D+12 are needed".format(*counts)
+    found = r"{} photos\D+{}\D+{}\D+12 are needed \(captions: .*\)".format(*counts)
     with pytest.raises(FileNotFoundError, match=f"^{here / 'mine'} has {found}: {BY_HAND[3:]}"):
         hw4.load_flickr8k(hw4.read_folder("FLICKR8K_DIR", "flickr8k"), few, torch.device("cpu"))
 
@@ -302,7 +303,7 @@ def test_captions_are_drawn_as_they_stand(hw4, monkeypatch):
     captions = ["Ca$$h for $5 and $6_a^", r"\frac{$ \alpha$", "$x$", "100 % of #tags & <b>", "two\nlines"]
     photos = [torch.rand(5, 3, 8, 8), torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)]
     monkeypatch.setattr(plt, "show", lambda: None)
-    hw4.show_photos(photos, [captions, [""] * 5], "heading")
+    hw4.show_photos([*photos[0], *photos[1]], captions + [""] * 5, 5, "heading")
     plt.gcf().canvas.draw()
     texts = {text.get_text() for text in plt.gcf().findobj(plt.Text)}
     plt.close("all")

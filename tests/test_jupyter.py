@@ -115,7 +115,7 @@ def test_the_readme_tells_its_results(executed):
 def test_it_tells_its_length_first_and_its_end_last(executed):
     text = output_text(code_cells(executed.notebook))
     assert text.index("minutes here, about") < min(text.index(" epochs, loss "), text.index("finished"))
-    assert re.search(r"^finished \d+ minutes .*results\.json$", text.strip(), re.M)
+    assert re.search(r"^finished \d+\.\d minutes .*results\.json$", text.strip(), re.M)
     results = json.loads((executed.kept / "results.json").read_text(encoding="utf-8"))
     assert len(results) == 3 and all(
         0 <= score <= 1 for run in sum(results.values(), []) for scores in run.values() for score in scores

@@ -341,3 +341,30 @@ def test_a_full_disk_is_told_and_training_goes_on(train, kept, capsys):
     assert len(history) == 3 and "could not be written" in out and "free space, or set CHECKPOINT_DIR" in out
     assert not list(kept.iterdir())
     assert timeless(train()) == timeless(history)
+
+
+def test_a_folder_that_became_a_file_is_told_and_training_goes_on(hw4, train, kept, capsys):
+    kept.rmdir()
+    kept.write_text("a file")
+    assert len(train()) == 3 and "could not be written" in capsys.readouterr().out
+
+
+def test_a_folder_that_vanished_is_made_again(hw4, task, kept):
+    kept.rmdir()
+    assert hw4.save_checkpoint(kept / "run.pt", [], task.model, [], torch.amp.GradScaler("cpu", enabled=False))
+    assert only_file(kept).name == "run.pt"
+
+
+def test_only_what_was_saved_is_said_to_be_kept(hw4, train, kept, capsys, monkeypatch):
+    epochs = []
+
+    def interrupted(*args):
+        epochs.append(args)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(hw4, "train_epoch", interrupted)
+    with full_disk(), pytest.raises(KeyboardInterrupt):
+        train()
+    assert "toy: 0 of 3 epochs are kept" in capsys.readouterr().out and not list(kept.iterdir())
