@@ -171,7 +171,7 @@ def readme_parts(notebook):
     (photos,) = re.findall(r"([\d,]+) validation photos", text)
     guess = 100 * 5 / int(photos.replace(",", ""))
     preset, hardware = re.findall(r"^preset (\w+) on (.+?), torch\.", text, re.M)[-1]
-    (minutes,) = re.findall(r"^finished (\d+)\.?\d* minutes", text, re.M)
+    (minutes,) = re.findall(r"^finished ([\d.]+) minutes", text, re.M)
 
     def compare(table, column):
         first, second, third = (
