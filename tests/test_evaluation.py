@@ -89,9 +89,10 @@ def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
     result = hw4.evaluate(model, ["history"], data, smoke)
     assert result.model is model and not model.training and result.history == ["history"]
     assert result.similarity.shape == (N, 5 * N) and not result.similarity.requires_grad
-    photo = model.encode_image(hw4.plain_view(data.images[j : j + 1]))
+    views = hw4.plain_views(data.images[j : j + 1], smoke.image_size)[0]  # (6, 3, 32, 32)
+    photo = F.normalize(sum(model.encode_image(view[None])[0] for view in views), dim=0)
     captions = model.encode_text(data.tokens[j], data.mask[j])
-    assert torch.allclose(result.similarity[i, 5 * i : 5 * i + 5], captions @ photo[0], atol=1e-5)
+    assert torch.allclose(result.similarity[i, 5 * i : 5 * i + 5], captions @ photo, atol=1e-5)
     expected = hw4.recall_at_k(result.similarity, (1, 3, 5, 10))
     expected[hw4.SELECTION] = hw4.selection_accuracy(result.similarity, smoke.protocol)
     assert result.scores.keys() == expected.keys() and len(expected) == 3
@@ -257,16 +258,15 @@ def test_recall_without_layout_shuffles_the_positions_of_patches_in_a_copy(hw4, 
     run = hw4.evaluate(hw4.DualEncoder(len(data.vocabulary), smoke), [], data, smoke)
     embed_gallery, used = hw4.embed_gallery, []
 
-    def spy(model, data):
-        used.append(model.vision.position_embedding.detach().flatten(2)[0].T.tolist())
-        return embed_gallery(model, data)
+    def spy(model, data, config):
+        used.append(model.vision.position_embedding.detach()[0].T.tolist())
+        return embed_gallery(model, data, config)
 
     monkeypatch.setattr(hw4, "embed_gallery", spy)
     hw4.recall_without_layout(run, data, smoke)
     hw4.recall_without_layout(run, data, smoke)
-    kept = run.model.vision.position_embedding.detach()
-    trained = F.interpolate(kept, 6, mode="bicubic").flatten(2)[0].T.tolist()  # 48 px in patches of 8
-    assert kept.shape[2:] == (4, 4) and sorted(used[0]) == sorted(trained) and used[0] != trained
+    trained = run.model.vision.position_embedding.detach()[0].T.tolist()  # 32 px in patches of 8
+    assert len(trained) == 16 and sorted(used[0]) == sorted(trained) and used[0] != trained
     assert used[1] == used[0]
     with torch.no_grad():
         run.model.vision.position_embedding[:] = 0.5  # no layout to lose

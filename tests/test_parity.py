@@ -49,7 +49,7 @@ def test_vit_equals_torchvision(hw4, smoke):
     state = reference_weights(ours.encoder, "encoder.layers.encoder_layer_", "encoder.ln", names)
     state["conv_proj.weight"] = ours.patch_embedding.weight.view(24, 3, 8, 8)
     state["conv_proj.bias"] = ours.patch_embedding.bias
-    positions = ours.position_embedding.flatten(2).mT  # the class token has none of its own
+    positions = ours.position_embedding.mT  # the class token has none of its own
     state["class_token"], state["encoder.pos_embedding"] = ours.class_token, F.pad(positions, (0, 0, 1, 0))
     reference.load_state_dict(state)
     images = torch.randn(4, 3, 32, 32)
@@ -265,8 +265,15 @@ def test_colour_changes_equal_torchvision(hw4, draw, gray):
     assert_close_pixels(out, expected)
 
 
-def test_plain_view_equals_torchvision(hw4):
+def test_plain_views_are_the_whole_photo_its_corners_and_its_centre(hw4):
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     pixels = tvf.convert_image_dtype(images, torch.float32)
-    assert torch.allclose(hw4.plain_view(images), tvf.normalize(pixels, [hw4.MEAN] * 3, [hw4.STD] * 3), atol=1e-5)
+    pixels = tvf.normalize(pixels, [hw4.MEAN] * 3, [hw4.STD] * 3)
+    views = hw4.plain_views(images, 32)
+    assert views.shape == (3, 6, 3, 32, 32)
+    whole = F.interpolate(pixels, 32, mode="bilinear", antialias=True)
+    assert torch.allclose(views[:, 0], whole, atol=1e-5)
+    for place, (top, left) in enumerate([(0, 0), (0, 16), (16, 0), (16, 16), (8, 8)], start=1):
+        crop = pixels[:, :, top : top + 32, left : left + 32]
+        assert torch.allclose(views[:, place], crop, atol=1e-5)

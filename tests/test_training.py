@@ -148,7 +148,7 @@ def test_validation_measures_every_image_with_its_own_captions(hw4, data, make_t
     torch.manual_seed(0)
     images = F.normalize(torch.randn(n, 16), dim=-1)
     texts = F.normalize(images.repeat_interleave(5, 0) + 0.5 * torch.randn(5 * n, 16), dim=-1)
-    monkeypatch.setattr(hw4, "embed_gallery", lambda model, data: (images, texts))
+    monkeypatch.setattr(hw4, "embed_gallery", lambda model, data, config: (images, texts))
     losses = []
     for ids in torch.arange(n).split(size)[: n // size]:  # without the incomplete last batch
         captions = torch.stack([torch.stack([texts[5 * i + c] for i in ids]) for c in range(5)])
@@ -176,7 +176,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine(hw4):
 @pytest.mark.parametrize("kind", ["ViT", "convolutional", "simclr"])
 def test_every_parameter_is_in_one_group_with_its_peak_and_decay(hw4, config, kind, muon):
     """Matrices in blocks and convolutions go to Muon unless it is off; what else has two axes decays as they do."""
-    vision = hw4.ConvEncoder(config.vision.width, config.image_size) if kind == "convolutional" else None
+    vision = hw4.ConvEncoder(config.vision.width) if kind == "convolutional" else None
     model = hw4.SimCLR(config) if kind == "simclr" else hw4.DualEncoder(30, config, vision)
     options = {"adamw_share": 0.5, "adamw_betas": (0.8, 0.9), "muon": muon, "muon_momentum": 0.7}
     recipe = replace(config.contrastive, weight_decay=0.4, learning_rate=3e-3, **options)
@@ -344,7 +344,7 @@ def test_both_models_start_alike_but_for_the_given_encoder(hw4, data, config, mo
         return []
 
     monkeypatch.setattr(hw4, "fit", fit)
-    options = {}, {"vision": vision}, {"vision": hw4.ConvEncoder(64, 32)}, {"seed": 1}
+    options = {}, {"vision": vision}, {"vision": hw4.ConvEncoder(64)}, {"seed": 1}
     for i, option in enumerate(options):
         torch.manual_seed(i)  # must not matter
         hw4.train_contrastive("run", data, config, **option)
