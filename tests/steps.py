@@ -21,7 +21,7 @@ def random_data(hw4, config, num_images, num_tokens=3000, device="cpu"):
 
     num_val = num_images // 8
     vocabulary = dict.fromkeys(range(num_tokens))
-    return hw4.Flickr8k([], [], vocabulary, images[ids % 64], *texts, ids[num_val:], ids[:num_val], "random")
+    return hw4.Flickr8k([], vocabulary, images[ids % 64], *texts, ids[num_val:], ids[:num_val], "random")
 
 
 def make_task(hw4, kind, data, config):

@@ -17,7 +17,7 @@ def captions(hw4, folder):
 
 
 def captions_in(hw4, folder, config):
-    return {name: texts for name, (_, texts) in hw4.find_pairs(folder, config).items()}
+    return {path.name: texts for path, texts in hw4.find_pairs(folder, config)}
 
 
 def test_download_is_unpacked_once(hw4, here, host, folder, few, captions):
@@ -100,7 +100,7 @@ def test_a_folder_of_ones_own_is_read_and_left_as_it_is(hw4, cells, here, folder
     (cell,) = [source for source in cells if "= load_flickr8k(" in source]
     run = vars(hw4) | {"config": few, "device": torch.device("cpu")}
     exec(cell, run)
-    assert len(run["data"].names) == 12 and sorted(here.rglob("*")) == before
+    assert len(run["data"].captions) == 12 and sorted(here.rglob("*")) == before
 
 
 @pytest.mark.parametrize("on_disk", [str.lower, str.upper, str.title])
@@ -112,7 +112,7 @@ def test_names_match_in_any_case(hw4, folder, few, on_disk, in_file):
     renamed = [in_file(name) + comma + text for name, comma, text in (row.partition(",") for row in rows[1:])]
     (folder / "captions.txt").write_text("\n".join([rows[0], *renamed]))
     pairs = hw4.find_pairs(folder, few)
-    assert [path.name.lower() for path, _ in pairs.values()] == [f"dog_{i:05d}.jpg" for i in range(12)]
+    assert [path.name.lower() for path, _ in pairs] == [f"dog_{i:05d}.jpg" for i in range(12)]
 
 
 CHANGES = {
@@ -147,7 +147,7 @@ def test_captions_of_a_missing_photo_are_left_out(hw4, folder, few, captions):
 
 def test_data_set_holds_photos_captions_and_tokens_of_one_photo_in_one_row(hw4, folder, few, captions):
     data = hw4.load_flickr8k(folder, few, torch.device("cpu"))
-    assert data.names == sorted(captions) and data.captions == list(captions.values())
+    assert list(data.captions) == [captions[name] for name in sorted(captions)]
     assert torch.equal(data.images[7], hw4.load_image(folder / "Images" / "00007.jpg", 48))
     tokens, mask = hw4.encode_words(captions["00007.jpg"], data.vocabulary, few.max_tokens)
     length = tokens.shape[1]
@@ -157,14 +157,16 @@ def test_data_set_holds_photos_captions_and_tokens_of_one_photo_in_one_row(hw4, 
 
 def test_of_too_many_photos_the_first_are_used(hw4, folder, few):
     data = hw4.load_flickr8k(folder, replace(few, num_images=9), torch.device("cpu"))
-    assert data.names == [f"{i:05d}.jpg" for i in range(9)] and len(data.images) == len(data.tokens) == 9
+    whole = hw4.load_flickr8k(folder, few, torch.device("cpu"))
+    assert data.captions == whole.captions[:9] and torch.equal(data.images, whole.images[:9])
+    assert len(data.images) == len(data.tokens) == 9
 
 
 def test_vocabulary_comes_from_training_captions(hw4, folder, few):
     data = hw4.load_flickr8k(folder, few, torch.device("cpu"))
     rows = []
-    for i, name in enumerate(data.names):
-        rows += 5 * [f"{name},a {'zebra' if i in data.val_ids else 'dog'} runs\n"]
+    for i in range(12):
+        rows += 5 * [f"{i:05d}.jpg,a {'zebra' if i in data.val_ids else 'dog'} runs\n"]
     (folder / "captions.txt").write_text("".join(rows))
     data = hw4.load_flickr8k(folder, few, torch.device("cpu"))
     word = data.vocabulary

@@ -132,7 +132,7 @@ def test_a_table_is_text_in_plain_python_and_markdown_in_a_notebook(hw4, capsys)
     hw4.show_table(["%", "a"], [["R@1", "**+1.0**"]])
     assert capsys.readouterr().out == text + "\n"
     shown, _ = InteractiveShell().display_formatter.format(hw4.Table(text))
-    assert shown == {"text/plain": text, "text/markdown": text}
+    assert shown["text/plain"] == shown["text/markdown"] == text
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def tables(hw4, monkeypatch):
     shown = []
 
     def display(table):
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.data.splitlines()]
         assert rows.pop(1) == ["---"] * len(rows[0])
         shown.append(rows)
 
@@ -153,26 +153,33 @@ def test_scores_are_means_over_seeds_with_paired_differences(hw4, tables):
     torch.manual_seed(0)
     base = torch.rand(50, 2) / 2
     seeds = {hw4.SCRATCH: (base, base + 0.1), hw4.PRETRAINED: (base + 0.2, base + 0.3), "control": (base,)}
-    results = {label: [SimpleNamespace(scores={"way": values}) for values in group] for label, group in seeds.items()}
-    hw4.show_results(results, "way", ["R@1", "R@5"], [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
-    hw4.show_results(results, "way", ["R@1", "R@5"])
-    rows = [["way [%]", "R@1", "R@5"]]
+    numbers, results = {hw4.TO_TEXT: (1, 5), hw4.SELECTION: (3, 25)}, {}
+    for label, group in seeds.items():
+        results[label] = [SimpleNamespace(scores=dict.fromkeys(numbers, part), numbers=numbers) for part in group]
+    hw4.show_results(results, [hw4.TO_TEXT], [(hw4.PRETRAINED, hw4.SCRATCH), (hw4.PRETRAINED, "control")])
+    hw4.show_results(results, numbers)
+    rows = []
     for label, shift in zip(seeds, (0.05, 0.25, 0), strict=True):
         rows.append([label, *map(hw4.percent, (base + shift).T)])
     changes = [
         ["SimCLR first − from scratch", *["**+20.0 ± 0.0**"] * 2],
         ["SimCLR first − control", *["**+25.0 ± 0.0**"] * 2],
     ]
-    assert tables == [rows + changes, rows]
+    recall, selection = [f"{hw4.TO_TEXT} [%]", "R@1", "R@5"], [f"{hw4.SELECTION} [%]", "N = 3", "N = 25"]
+    assert tables == [[recall, *rows, *changes], [recall, *rows], [selection, *rows]]
 
 
-@pytest.mark.parametrize("measure", ["selection accuracy", "image → text"])
-def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw4, monkeypatch, measure):
+@pytest.mark.parametrize("panel", range(3))
+def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw4, monkeypatch, panel):
     monkeypatch.setattr(hw4.plt, "show", lambda: None)
     torch.manual_seed(0)
-    a, b = (SimpleNamespace(scores={measure: torch.rand(30, 2)}) for _ in range(2))
-    hw4.plot_results({hw4.SCRATCH: [a, b]}, [measure], (3, 10), "N")
-    (axis,) = hw4.plt.gcf().axes
+    numbers = {hw4.TO_TEXT: (1, 5), hw4.TO_IMAGE: (1, 5), hw4.SELECTION: (3, 10)}
+    a, b = (
+        SimpleNamespace(scores={measure: torch.rand(30, 2) for measure in numbers}, numbers=numbers) for _ in range(2)
+    )
+    hw4.plot_results({hw4.SCRATCH: [a, b]})
+    axis, measure = hw4.plt.gcf().axes[panel], list(numbers)[panel]
+    assert axis.get_title() == measure and list(axis.get_xticks()) == list(numbers[measure])
     lines = [torch.tensor(list(map(float, line.get_ydata()))) for line in axis.lines]
     (mean, low, high, *seeds), rest = lines[:5], lines[5:]
     values = [100 * run.scores[measure] for run in (a, b)]  # (30, 2) each
@@ -187,31 +194,24 @@ def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw
 def test_drawing_of_the_model_tells_its_sizes(hw4, smoke, monkeypatch):
     monkeypatch.setattr(hw4.plt, "show", lambda: None)
     sizes = {"vision": hw4.Size(width=48, depth=3, num_heads=2), "text": hw4.Size(width=32, depth=5, num_heads=2)}
-    hw4.draw_model(replace(smoke, **sizes, patch_size=4, max_tokens=17))
+    hw4.draw_model(replace(smoke, **sizes))
     drawn = "\n".join(text.get_text().replace("\n", " ") for text in hw4.plt.gcf().axes[0].texts)
     hw4.plt.close()
-    for size in (
-        "patches of 4 × 4,",
-        f"projection to {smoke.embed_dim}",
-        "at most 17 tokens",
-        "3 blocks of width 48",
-        "5 blocks of width 32",
-    ):
+    for size in (f"projection to {smoke.embed_dim}", "3 blocks of width 48", "5 blocks of width 32"):
         assert size in drawn
 
 
-def test_trainings_are_shown_with_their_cost_and_compared_in_pairs(hw4, tables):
+def test_trainings_are_shown_with_their_losses_and_compared_in_pairs(hw4, tables):
     torch.manual_seed(0)
     base, trainings = torch.rand(50) / 2, {}
     for i, label in enumerate("abc"):
-        history = [{"epoch": 1, "loss": 9.0, "seconds": 30}, {"epoch": 2, "loss": 2 + i, "seconds": 60, "val_loss": 3}]
+        history = [{"loss": 9.0}, {"loss": 2 + i, "val_loss": 3}]
         trainings[label] = SimpleNamespace(recall=base + 0.1 * i, history=history)
     hw4.show_trainings(trainings, [("c", "a"), ("b", "c")])
-    cost, recalls = tables
-    assert cost[0][1:] == ["training loss", "validation loss", "epochs", "minutes"]
-    assert cost[1:] == [["abc"[i], f"{2 + i:.2f}", "3.00", "2", "1.5"] for i in range(3)]
-    assert recalls[1:4] == [["abc"[i], hw4.percent(base + 0.1 * i)] for i in range(3)]
-    assert recalls[4:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**-10.0 ± 0.0**"]]
+    (rows,) = tables
+    assert rows[0][1:] == ["training loss", "validation loss", "R@5 [%]"]
+    assert rows[1:4] == [["abc"[i], f"{2 + i:.2f}", "3.00", hw4.percent(base + 0.1 * i)] for i in range(3)]
+    assert rows[4:] == [["c − a", "", "", "**+20.0 ± 0.0**"], ["b − c", "", "", "**-10.0 ± 0.0**"]]
 
 
 def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, data, scores, monkeypatch):
@@ -222,19 +222,17 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
     hw4.show_selections(results, data, rows, candidates)
     axes = hw4.plt.gcf().axes
     hw4.plt.close()
-    for i, photo, texts in zip(rows, axes[::2], axes[1::2], strict=True):
-        assert (photo.images[0].get_array() == data.images[data.val_ids[i]].permute(1, 2, 0).numpy()).all()
-        title = texts.texts[0].get_text()
-        verdict, *lines = re.sub(r"\n +", " ", title).splitlines()  # without the breaks of long captions
+    for i, axis in zip(rows, axes, strict=True):
+        assert (axis.images[0].get_array() == data.images[data.val_ids[i]].permute(1, 2, 0).numpy()).all()
+        title = axis.get_title(loc="left")
+        lines = re.sub(r"\n(?![●○])", " ", title).splitlines()  # without the breaks of long captions
         for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
-            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5].rstrip(" ."))
+            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5])
             value = scores[i, candidate].item()
             assert numbers(line)[:2] == pytest.approx([value, -value], abs=0.006)
-        choices = [[line.split()[1 + 2 * model] for line in lines].index("●") for model in (0, 1)]
+        choices = [[line.split()[2 * model] for line in lines].index("●") for model in (0, 1)]
         drawn = scores[i, candidates[i]]
         assert choices == [drawn.argmax(), drawn.argmin()] and title.count("●") == 2
-        words = ["right" if choice == 0 else "wrong" for choice in choices]
-        assert verdict == f"a is {words[0]}, b is {words[1]}"
 
 
 # Measures of the experiments
@@ -242,18 +240,17 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
 
 def test_description_of_the_space_equals_a_count(hw4, scores):
     scores = scores.round(decimals=1)  # some ties, which count against
-    true, wrong_mean, below = hw4.describe_space(scores)
-    assert true.shape == wrong_mean.shape == (N,) and below.shape == (N, 5)
+    true, others, below = hw4.describe_space(scores)
+    assert true.shape == below.shape == (N, 5) and others.shape == (N, 5 * N - 5)
     for i in range(N):
         wrong = [value for j, value in enumerate(scores[i].tolist()) if j // 5 != i]
-        assert wrong_mean[i].item() == pytest.approx(sum(wrong) / len(wrong), abs=1e-5)
-        assert true[i].item() == pytest.approx(scores[i, 5 * i : 5 * i + 5].mean().item(), abs=1e-5)
+        assert others[i].tolist() == wrong and torch.equal(true[i], scores[i, 5 * i : 5 * i + 5])
         for c in range(5):
             count = sum(value < scores[i, 5 * i + c].item() for value in wrong)
             assert below[i, c].item() == pytest.approx(count / len(wrong))
 
 
-def test_recall_without_layout_shuffles_the_positions_of_patches_in_a_copy(hw4, smoke, data, monkeypatch):
+def test_without_layout_positions_of_patches_are_shuffled_in_a_copy(hw4, smoke, data, monkeypatch):
     torch.manual_seed(0)
     run = hw4.evaluate(hw4.DualEncoder(len(data.vocabulary), smoke), [], data, smoke)
     embed_gallery, used = hw4.embed_gallery, []
@@ -263,15 +260,15 @@ def test_recall_without_layout_shuffles_the_positions_of_patches_in_a_copy(hw4, 
         return embed_gallery(model, data, config)
 
     monkeypatch.setattr(hw4, "embed_gallery", spy)
-    hw4.recall_without_layout(run, data, smoke)
-    hw4.recall_without_layout(run, data, smoke)
+    hw4.without_layout(run, data, smoke)
+    hw4.without_layout(run, data, smoke)
     trained = run.model.vision.position_embedding.detach()[0].T.tolist()  # 32 px in patches of 8
     assert len(trained) == 16 and sorted(used[0]) == sorted(trained) and used[0] != trained
     assert used[1] == used[0]
     with torch.no_grad():
         run.model.vision.position_embedding[:] = 0.5  # no layout to lose
     same = hw4.evaluate(run.model, [], data, smoke)
-    assert torch.equal(hw4.recall_without_layout(same, data, smoke), same.recall)
+    assert torch.equal(hw4.without_layout(same, data, smoke).recall, same.recall)
 
 
 def test_words_are_found_in_any_caption_and_left_out_where_validation_cannot_judge(hw4, data):

@@ -16,11 +16,13 @@ def test_own_attention_equals_fused_kernel_with_and_without_mask(hw4):
     assert not torch.allclose(module(x, mask)[1], module(x)[1], atol=1e-3)
 
 
-def test_patches_are_cut_row_by_row_and_wrong_sizes_refused(hw4):
-    images = torch.randn(2, 3, 16, 24)
-    assert torch.equal(hw4.patchify(images, 8), F.unfold(images, 8, stride=8).transpose(1, 2))
-    with pytest.raises(ValueError, match="image of 16 x 24 pixels does not divide into patches of 7"):
-        hw4.patchify(images, 7)
+def test_patches_are_cut_row_by_row_and_wrong_sizes_refused(hw4, vit):
+    images, seen = torch.randn(2, 3, 32, 32), []
+    vit.patch_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    vit(images)
+    assert torch.equal(seen[0], F.unfold(images, 8, stride=8).mT)
+    with pytest.raises(RuntimeError, match="divisible"):
+        vit(images[..., :30])
     with pytest.raises(ValueError, match="width 130 must be a multiple of the number of heads 4"):
         hw4.SelfAttention(130, 4)
 
@@ -178,6 +180,7 @@ def test_precision_on_the_cpu_is_half_only_where_that_is_fast(hw4, monkeypatch, 
 @pytest.mark.parametrize(("available", "chosen"), [(True, ("cuda", "full")), (False, ("cpu", "cpu"))])
 def test_a_gpu_is_taken_and_without_one_that_is_said(hw4, cells, here, monkeypatch, capsys, available, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
     (cell,) = [source for source in cells if "\ndevice = " in source]
     run = dict(vars(hw4))
     exec(cell, run)
