@@ -227,7 +227,7 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
         title = axis.get_title(loc="left")
         lines = re.sub(r"\n(?![●○])", " ", title).splitlines()  # without the breaks of long captions
         for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
-            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5])
+            assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5].rstrip(" ."))
             value = scores[i, candidate].item()
             assert numbers(line)[:2] == pytest.approx([value, -value], abs=0.006)
         choices = [[line.split()[2 * model] for line in lines].index("●") for model in (0, 1)]
