@@ -349,7 +349,7 @@ def test_the_saved_run_has_the_settings_of_this_code_and_all_photos(notebook, hw
     config = hw4.PRESETS[preset]
     trained = next(shown for shown in tables(notebook) if hw4.SCRATCH in shown.rows and "epochs" in shown.header)
     column = trained.header.index("epochs") - 1
-    epochs = [config.simclr.epochs, *[config.contrastive.epochs] * 2, config.protocol.control_epochs]
+    epochs = [*[config.contrastive.epochs] * 2, config.protocol.control_epochs, config.simclr.epochs]
     assert [int(row[column]) for row in trained.rows.values()] == epochs
 
 
