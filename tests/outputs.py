@@ -177,7 +177,7 @@ def readme_parts(notebook):
         first, second, third = (
             table.rows[label][table.header.index(column) - 1] for label in (scratch, pretrained, control)
         )
-        return f"**{second} %** with {pretrained}; {first} % {scratch}; {third} % {control}"
+        return f"**{second} %** with {pretrained}; {first} % {scratch}; {control}: {third} %"
 
     lines = []
     for table in comparison:

@@ -116,13 +116,20 @@ def test_margin_equals_a_bootstrap_image_by_image(hw4):
     assert torch.allclose(hw4.margin(values), (high - low) / 2, rtol=0.06)
 
 
+@pytest.mark.parametrize(("count", "quantile"), [(8, 2.365), (9, 2.306), (12, 2.201), (41, 2.021), (1000, 1.962)])
+def test_margin_is_that_of_students_t(hw4, count, quantile):
+    values = torch.linspace(0, 1, count)[:, None]
+    error = values.std() / count**0.5
+    assert hw4.margin(values).item() == pytest.approx(quantile * error.item(), rel=0.006)
+
+
 def test_differences_are_paired_and_bold_where_their_interval_excludes_zero(hw4):
     torch.manual_seed(0)
-    assert hw4.percent(torch.tensor([0.0, 1.0] * 50)) == "50.0 ± 9.8"
+    assert hw4.percent(torch.tensor([0.0, 1.0] * 50)) == "50.0 ± 10.0"
     base, noise = torch.rand(50), torch.randn(50)
     noise = (noise - noise.mean()) / noise.std()
     assert hw4.difference(base + 0.25, base) == "**+25.0 ± 0.0**"
-    for shift, expected in ((0.29, "**+29.0 ± 27.7**"), (-0.29, "**-29.0 ± 27.7**"), (0.27, "+27.0 ± 27.7")):
+    for shift, expected in ((0.29, "**+29.0 ± 28.4**"), (-0.29, "**-29.0 ± 28.4**"), (0.27, "+27.0 ± 28.4")):
         assert hw4.difference(base + shift + noise, base) == expected
     assert hw4.difference(base, base) == "+0.0 ± 0.0"
 
@@ -177,11 +184,12 @@ def test_figures_show_means_with_margins_each_seed_and_guessing_of_selections(hw
     a, b = (
         SimpleNamespace(scores={measure: torch.rand(30, 2) for measure in numbers}, numbers=numbers) for _ in range(2)
     )
-    hw4.plot_results({hw4.SCRATCH: [a, b]})
+    hw4.plot_results({hw4.SCRATCH: [a, b]}, list(numbers))
     axis, measure = hw4.plt.gcf().axes[panel], list(numbers)[panel]
     assert axis.get_title() == measure and list(axis.get_xticks()) == list(numbers[measure])
     lines = [torch.tensor(list(map(float, line.get_ydata()))) for line in axis.lines]
-    (mean, low, high, *seeds), rest = lines[:5], lines[5:]
+    (mean, *seeds), rest = lines[:3], lines[3:]
+    low, high = torch.tensor([bar.tolist() for bar in axis.collections[0].get_segments()])[:, :, 1].T
     values = [100 * run.scores[measure] for run in (a, b)]  # (30, 2) each
     values = torch.stack([(values[0] + values[1]) / 2, *values])
     assert torch.allclose(torch.stack([mean, *seeds]), values.mean(1), atol=1e-3)
@@ -201,17 +209,55 @@ def test_drawing_of_the_model_tells_its_sizes(hw4, smoke, monkeypatch):
         assert size in drawn
 
 
+def test_difference_figure_shows_every_score_paired_over_photos(hw4, monkeypatch):
+    monkeypatch.setattr(hw4.plt, "show", lambda: None)
+    torch.manual_seed(0)
+    numbers = {hw4.TO_TEXT: (1, 5), hw4.SELECTION: (3,)}
+    runs = []
+    for _ in range(3):
+        scores = {measure: torch.rand(30, len(values)) for measure, values in numbers.items()}
+        runs.append(SimpleNamespace(scores=scores, numbers=numbers))
+    hw4.plot_difference({"a": runs[:2], "b": runs[2:]}, "a", "b")
+    axis = hw4.plt.gca()
+    point, low, high, zero = axis.lines
+    first, second, other = (torch.cat(list(run.scores.values()), 1) for run in runs)
+    change = 100 * ((first + second) / 2 - other)  # (30, 3)
+    means, lows, highs = (torch.tensor([float(x) for x in line.get_xdata()]) for line in (point, low, high))
+    assert torch.allclose(means, change.mean(0), atol=1e-3)
+    margins = (highs - lows) / 2
+    assert torch.allclose(margins, hw4.margin(change), atol=1e-3)
+    names = [f"{hw4.TO_TEXT}, R@1", f"{hw4.TO_TEXT}, R@5", f"{hw4.SELECTION}, N = 3"]
+    assert list(point.get_ydata()) == names and set(zero.get_xdata()) == {0}
+    assert axis.get_xlabel() == "a − b [points]" and axis.yaxis_inverted()
+    hw4.plt.close()
+
+
 def test_trainings_are_shown_with_their_losses_and_compared_in_pairs(hw4, tables):
     torch.manual_seed(0)
     base, trainings = torch.rand(50) / 2, {}
     for i, label in enumerate("abc"):
         history = [{"loss": 9.0}, {"loss": 2 + i, "val_loss": 3}]
         trainings[label] = SimpleNamespace(recall=base + 0.1 * i, history=history)
-    hw4.show_trainings(trainings, [("c", "a"), ("b", "c")])
-    (rows,) = tables
-    assert rows[0][1:] == ["training loss", "validation loss", "R@5 [%]"]
-    assert rows[1:4] == [["abc"[i], f"{2 + i:.2f}", "3.00", hw4.percent(base + 0.1 * i)] for i in range(3)]
-    assert rows[4:] == [["c − a", "", "", "**+20.0 ± 0.0**"], ["b − c", "", "", "**-10.0 ± 0.0**"]]
+    hw4.show_losses(trainings)
+    hw4.show_recalls(trainings, [("c", "a"), ("b", "c")])
+    losses, recalls = tables
+    assert losses == [["loss, seed 0", "training", "validation"]] + [
+        ["abc"[i], f"{2 + i:.2f}", "3.00"] for i in range(3)
+    ]
+    assert recalls[0][1:] == ["R@5, both ways"]
+    assert recalls[1:4] == [["abc"[i], hw4.percent(base + 0.1 * i)] for i in range(3)]
+    assert recalls[4:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**-10.0 ± 0.0**"]]
+
+
+def test_curves_show_the_epochs_that_were_measured(hw4, monkeypatch):
+    monkeypatch.setattr(hw4.plt, "show", lambda: None)
+    history = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 2.0, "R@5": 25.0}]
+    hw4.plot_histories({"a": history, "b": history[:1]}, {"loss": "training loss", "R@5": "R@5 [%]"})
+    left, right = hw4.plt.gcf().axes
+    assert [axis.get_title() for axis in (left, right)] == ["training loss", "R@5 [%]"]
+    assert [list(line.get_ydata()) for line in left.lines] == [[3, 2], [3]]
+    assert [list(line.get_xdata()) for line in right.lines] == [[2], []]
+    hw4.plt.close()
 
 
 def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, data, scores, monkeypatch):
@@ -224,15 +270,15 @@ def test_selections_show_every_candidate_and_mark_the_choice_of_each_model(hw4, 
     hw4.plt.close()
     for i, axis in zip(rows, axes, strict=True):
         assert (axis.images[0].get_array() == data.images[data.val_ids[i]].permute(1, 2, 0).numpy()).all()
-        title = axis.get_title(loc="left")
-        lines = re.sub(r"\n(?![●○])", " ", title).splitlines()  # without the breaks of long captions
+        (text,) = (text.get_text() for text in axis.texts)
+        lines = re.sub(r"\n(?![●○])", " ", text).splitlines()  # without the breaks of long captions
         for candidate, line in zip(candidates[i].tolist(), lines, strict=True):
             assert line.endswith(data.captions[data.val_ids[candidate // 5]][candidate % 5].rstrip(" ."))
             value = scores[i, candidate].item()
             assert numbers(line)[:2] == pytest.approx([value, -value], abs=0.006)
         choices = [[line.split()[2 * model] for line in lines].index("●") for model in (0, 1)]
         drawn = scores[i, candidates[i]]
-        assert choices == [drawn.argmax(), drawn.argmin()] and title.count("●") == 2
+        assert choices == [drawn.argmax(), drawn.argmin()] and text.count("●") == 2
 
 
 # Measures of the experiments
@@ -256,13 +302,13 @@ def test_without_layout_positions_of_patches_are_shuffled_in_a_copy(hw4, smoke, 
     embed_gallery, used = hw4.embed_gallery, []
 
     def spy(model, data, config):
-        used.append(model.vision.position_embedding.detach()[0].T.tolist())
+        used.append(model.vision.position_embedding.detach()[0].tolist())
         return embed_gallery(model, data, config)
 
     monkeypatch.setattr(hw4, "embed_gallery", spy)
     hw4.without_layout(run, data, smoke)
     hw4.without_layout(run, data, smoke)
-    trained = run.model.vision.position_embedding.detach()[0].T.tolist()  # 32 px in patches of 8
+    trained = run.model.vision.position_embedding.detach()[0].tolist()  # 32 px in patches of 8
     assert len(trained) == 16 and sorted(used[0]) == sorted(trained) and used[0] != trained
     assert used[1] == used[0]
     with torch.no_grad():

@@ -75,7 +75,7 @@ def test_every_patch_has_its_learned_position(vit):
         vit.patch_embedding.weight.zero_()
         vit(torch.zeros(1, 3, 32, 32))
     positions = seen[0] - vit.patch_embedding.bias  # (16, 64)
-    assert torch.allclose(positions, vit.position_embedding[0].T, atol=1e-6)
+    assert torch.allclose(positions, vit.position_embedding[0], atol=1e-6)
 
 
 def test_convolutional_encoder_halves_the_sides_four_times_and_sees_all(hw4):

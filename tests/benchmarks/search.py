@@ -53,8 +53,8 @@ def main():
         run = hw4.train_contrastive(given.name, data, config, seed, vision)
         percent = {}
         for measure, values in run.scores.items():
-            numbers = run.protocol.candidates if measure == hw4.SELECTION else run.protocol.recall_at
             means = (100 * values.mean(0)).tolist()
+            numbers = run.numbers[measure]
             percent |= {(measure, number): mean for number, mean in zip(numbers, means, strict=True)}
         total = sum(percent[way, K] for way in (hw4.TO_TEXT, hw4.TO_IMAGE) for K in (1, 5, 10))
         columns = [total, percent[hw4.TO_TEXT, 5], percent[hw4.TO_IMAGE, 5]]
