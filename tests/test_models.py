@@ -185,7 +185,7 @@ def test_a_gpu_is_taken_and_without_one_that_is_said(hw4, cells, here, monkeypat
     run = dict(vars(hw4))
     exec(cell, run)
     assert (run["device"].type, run["preset"]) == chosen
-    assert ("no GPU: this takes 1.5 hours or more; in Colab choose" in capsys.readouterr().out) != available
+    assert ("no GPU: this takes two hours or more; in Colab choose" in capsys.readouterr().out) != available
 
 
 def test_preset_follows_the_device_unless_one_is_named(hw4, here, monkeypatch):
