@@ -55,10 +55,14 @@ def test_no_seed_is_refused(hw4):
         hw4.Config(protocol=hw4.Protocol(num_seeds=0))
 
 
-@pytest.mark.parametrize("name", ["control_epochs", "comparison_epochs", "batch_epochs"])
-def test_experiments_without_epochs_are_refused(hw4, name):
-    with pytest.raises(ValueError, match=f"^epochs, draws and seeds must be at least 1, .*{name}=0,"):
-        hw4.Config(protocol=hw4.Protocol(**{name: 0}))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("control_epochs", 0), ("comparison_epochs", 0), ("block_epochs", (0, 1)), ("block_epochs", (1, 0))],
+)
+def test_experiments_without_epochs_are_refused(hw4, name, value):
+    said = re.escape(f"{name}={value},")
+    with pytest.raises(ValueError, match=f"^epochs, draws and seeds must be at least 1, .*{said}"):
+        hw4.Config(protocol=hw4.Protocol(**{name: value}))
 
 
 def test_blocks_of_the_experiments_must_fill_a_batch(hw4):

@@ -114,7 +114,7 @@ def test_the_readme_tells_its_results(executed):
 
 def test_it_tells_its_length_first_and_its_end_last(executed):
     text = output_text(code_cells(executed.notebook))
-    assert text.index("minutes here, about") < min(text.index(" epochs, loss "), text.index("finished"))
+    assert text.index("estimated minutes") < min(text.index(" epochs, loss "), text.index("finished"))
     assert re.search(
         r"^finished \d+\.\d minutes after the start\nthe scores are in .*results\.json$", text.strip(), re.M
     )
