@@ -1,7 +1,9 @@
 """Every fault of settings, files and photos ends in one message that says what to do, or in the right value."""
 
+import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,3 +321,19 @@ def test_captions_are_drawn_as_they_stand(hw4, monkeypatch, capsys):
     plt.close("all")
     assert {f"{caption}\nanother".replace("two\nlines", "two lines") for caption in captions} <= drawn
     assert capsys.readouterr().out == "heading\n"
+
+
+def test_the_last_cell_ends_well_where_the_results_cannot_be_written(cells, smoke, tmp_path, capsys):
+    (last,) = (cell for cell in cells if "results.json" in cell)
+    scores = {"image → text": torch.tensor([[0.0, 1.0], [1.0, 1.0]])}
+    folder = tmp_path / "checkpoints"
+    variables = {"results": {"a": [SimpleNamespace(scores=scores)]}, "started": time.perf_counter(), "time": time}
+    variables |= {"json": json, "config": SimpleNamespace(checkpoint_dir=folder)}
+    exec(last, variables)
+    assert json.loads((folder / "results.json").read_text()) == {"a": [{"image → text": [0.5, 1.0]}]}
+    assert f"the scores are in {folder / 'results.json'}" in capsys.readouterr().out
+    (folder / "results.json").unlink()
+    folder.rmdir()
+    folder.touch()  # a file took the place of the folder
+    exec(last, variables)
+    assert f"the scores could not be written to {folder / 'results.json'} (" in capsys.readouterr().out
