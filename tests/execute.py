@@ -24,6 +24,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from synthetic import make_flickr8k
 
+AGAIN = "Run the same command again to go on."
+
 
 def merged(outputs):
     """Join neighbouring pieces of the same stream."""
@@ -56,6 +58,8 @@ def settle(cell):
 
 class Echo(NotebookClient):
     """A client that repeats the text output of the kernel on this terminal; Ctrl-C stops the running cell."""
+
+    stopping = None
 
     @contextlib.asynccontextmanager
     async def async_setup_kernel(self, **kwargs):
@@ -93,6 +97,10 @@ def main(source, target, **variables):
         failed = " failed" if execute_reply["content"]["status"] == "error" else ""
         print(f"[cell {cell_index + 1} of {len(notebook.cells)}{failed}]", flush=True)
 
+    def stop(cell, cell_index):
+        if client.stopping:  # Ctrl-C found no cell at work, or its cell went on
+            sys.exit(f"The notebook stopped. {AGAIN}")
+
     environment = os.environ | variables
     if environment.get("HW4_PRESET") == "smoke":
         environment.setdefault("OMP_NUM_THREADS", "1")
@@ -102,13 +110,15 @@ def main(source, target, **variables):
         kernel_name="python3",
         extra_arguments=["--log-level=ERROR"],  # no warning that the kernel talks to this process without encryption
         resources={"metadata": {"path": str(source.resolve().parent)}},
+        on_cell_start=stop,
         on_cell_executed=save,
     )
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
-        again = " Run the same command again to go on." if error.ename == "KeyboardInterrupt" else ""
-        sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}{again}")
+        if error.ename == "KeyboardInterrupt":
+            sys.exit(f"The notebook stopped. {AGAIN}")
+        sys.exit(f"The notebook stopped. {error.ename}: {error.evalue}")
     except DeadKernelError:
         sys.exit("The kernel died (out of memory?). Trainings are kept: run this again to go on.")
     nbformat.write(notebook, target)  # with what the kernel reported after the last cell

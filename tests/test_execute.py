@@ -70,8 +70,21 @@ def test_ctrl_c_ends_the_running_cell_and_says_so(tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = (text.decode() for text in process.communicate(timeout=50))
     assert process.returncode == 1 and "put away\n[cell 2 of 3 failed]\n" in output
-    assert errors == "The notebook stopped. KeyboardInterrupt:  Run the same command again to go on.\n"
+    assert errors == "The notebook stopped. Run the same command again to go on.\n"
     assert [bool(cell.outputs) for cell in nbformat.read(path, as_version=4).cells] == [True, True, False]
+
+
+def test_ctrl_c_stops_before_the_next_cell_where_no_cell_was_ended(tmp_path):
+    deaf = "import time\ntry:\n    print('begun')\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('went on')"
+    path = write(tmp_path / "deaf.ipynb", deaf, "print('not reached')")
+    process = runner(path)
+    for line in process.stdout:
+        if b"begun" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = (text.decode() for text in process.communicate(timeout=50))
+    assert process.returncode == 1 and "went on\n[cell 1 of 2]\n" in output and "not reached" not in output
+    assert errors == "The notebook stopped. Run the same command again to go on.\n"
 
 
 SETTINGS = "import os\nfor name in ('HW4_PRESET', 'OMP_NUM_THREADS'): print(name, os.environ.get(name))"

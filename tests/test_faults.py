@@ -246,7 +246,9 @@ def test_too_few_usable_photos_end_in_one_message_with_all_counts(hw4, here, fol
     spoil(folder)
     monkeypatch.setenv("FLICKR8K_DIR", "mine")
     found = r"{} photos\D+{}\D+{}\D+12 are needed \(captions: .*\)".format(*counts)
-    with pytest.raises(FileNotFoundError, match=f"^{here / 'mine'} has {found}: {BY_HAND[3:]}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{here / 'mine'} \(exists: {miss != 'no folder'}\) has {found}: {BY_HAND[3:]}"
+    ):
         hw4.load_flickr8k(hw4.read_folder("FLICKR8K_DIR", "flickr8k"), few, torch.device("cpu"))
 
 
