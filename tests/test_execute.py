@@ -60,16 +60,23 @@ def test_failure_and_death_are_told_in_one_line_and_the_rest_is_kept(tmp_path):
         assert nbformat.read(path, as_version=4).cells[0].outputs[0].data["text/plain"] == "2"
 
 
-def test_ctrl_c_ends_the_running_cell_and_says_so(tmp_path):
-    waiting = "import time\ntry:\n    print('begun')\n    time.sleep(60)\nfinally:\n    print('put away')"
-    path = write(tmp_path / "long.ipynb", "1 + 1", waiting, "3")
+def interrupted(path):
+    """(output, errors) of a run that gets Ctrl-C when a cell has printed "begun"."""
     process = runner(path)
     for line in process.stdout:
         if b"begun" in line:
             break
     process.send_signal(signal.SIGINT)
     output, errors = (text.decode() for text in process.communicate(timeout=50))
-    assert process.returncode == 1 and "put away\n[cell 2 of 3 failed]\n" in output
+    assert process.returncode == 1
+    return output, errors
+
+
+def test_ctrl_c_ends_the_running_cell_and_says_so(tmp_path):
+    waiting = "import time\ntry:\n    print('begun')\n    time.sleep(60)\nfinally:\n    print('put away')"
+    path = write(tmp_path / "long.ipynb", "1 + 1", waiting, "3")
+    output, errors = interrupted(path)
+    assert "put away\n[cell 2 of 3 failed]\n" in output
     assert errors == "The notebook stopped. Run the same command again to go on.\n"
     assert [bool(cell.outputs) for cell in nbformat.read(path, as_version=4).cells] == [True, True, False]
 
@@ -77,13 +84,8 @@ def test_ctrl_c_ends_the_running_cell_and_says_so(tmp_path):
 def test_ctrl_c_stops_before_the_next_cell_where_no_cell_was_ended(tmp_path):
     deaf = "import time\ntry:\n    print('begun')\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('went on')"
     path = write(tmp_path / "deaf.ipynb", deaf, "print('not reached')")
-    process = runner(path)
-    for line in process.stdout:
-        if b"begun" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    output, errors = (text.decode() for text in process.communicate(timeout=50))
-    assert process.returncode == 1 and "went on\n[cell 1 of 2]\n" in output and "not reached" not in output
+    output, errors = interrupted(path)
+    assert "went on\n[cell 1 of 2]\n" in output and "not reached" not in output
     assert errors == "The notebook stopped. Run the same command again to go on.\n"
 
 

@@ -102,7 +102,7 @@ def test_a_batch_larger_than_a_quarter_of_the_photos_is_told_by_the_plan(hw4, da
     few = replace(data, train_ids=data.train_ids[:35])
     recipes = {name: replace(getattr(smoke, name), batch_size=4) for name in ("contrastive", "simclr")}
     hw4.show_plan(few, replace(smoke, **recipes | {part: replace(recipes[part], batch_size=8)}))
-    with pytest.raises(ValueError, match="batch_size must be at most 8, a quarter of the training photos"):
+    with pytest.raises(ValueError, match="batch_size must be at most 8, a quarter of num_images - num_val"):
         hw4.show_plan(few, replace(smoke, **recipes | {part: replace(recipes[part], batch_size=12)}))
 
 
