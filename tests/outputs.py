@@ -39,7 +39,7 @@ def output_text(cells):
             text += output.text
         elif not any(kind.startswith("image/") for kind in data):
             text += f"\n{shown}\n"
-    return "\n".join(map(visible, text.split("\n")))
+    return "\n".join(map(visible, text.replace("\N{NBSP}", " ").split("\n")))
 
 
 def plain(text):

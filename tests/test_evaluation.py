@@ -19,6 +19,11 @@ def scores():
     return torch.randn(N, 5 * N)
 
 
+def spaced(text):
+    """`text` with ordinary spaces in place of those at which a line does not break."""
+    return text.replace("\N{NBSP}", " ")
+
+
 # Recall and selection
 
 
@@ -125,13 +130,13 @@ def test_margin_is_that_of_students_t(hw4, count, quantile):
 
 def test_differences_are_paired_and_bold_where_their_interval_excludes_zero(hw4):
     torch.manual_seed(0)
-    assert hw4.percent(torch.tensor([0.0, 1.0] * 50)) == "50.0 ± 10.0"
+    assert hw4.percent(torch.tensor([0.0, 1.0] * 50)) == "50.0\N{NBSP}±\N{NBSP}10.0"  # on one line
     base, noise = torch.rand(50), torch.randn(50)
     noise = (noise - noise.mean()) / noise.std()
-    assert hw4.difference(base + 0.25, base) == "**+25.0 ± 0.0**"
+    assert spaced(hw4.difference(base + 0.25, base)) == "**+25.0 ± 0.0**"
     for shift, expected in ((0.29, "**+29.0 ± 28.4**"), (-0.29, "**−29.0 ± 28.4**"), (0.27, "+27.0 ± 28.4")):
-        assert hw4.difference(base + shift + noise, base) == expected
-    assert hw4.difference(base, base) == "+0.0 ± 0.0"
+        assert spaced(hw4.difference(base + shift + noise, base)) == expected
+    assert spaced(hw4.difference(base, base)) == "+0.0 ± 0.0"
 
 
 def test_a_table_is_text_in_plain_python_and_markdown_in_a_notebook(hw4, capsys):
@@ -148,7 +153,8 @@ def tables(hw4, monkeypatch):
     shown = []
 
     def display(table):
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.data.splitlines()]
+        lines = spaced(table.data).splitlines()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         assert rows.pop(1) == ["---"] * len(rows[0])
         shown.append(rows)
 
@@ -167,7 +173,7 @@ def test_scores_are_means_over_seeds_with_paired_differences(hw4, tables):
     hw4.show_results(results, numbers)
     rows = []
     for label, shift in zip(seeds, (0.05, 0.25, 0), strict=True):
-        rows.append([label, *map(hw4.percent, (base + shift).T)])
+        rows.append([label, *(spaced(hw4.percent(column)) for column in (base + shift).T)])
     changes = [
         ["SimCLR first − from scratch", *["**+20.0 ± 0.0**"] * 2],
         ["SimCLR first − control", *["**+25.0 ± 0.0**"] * 2],
@@ -217,18 +223,21 @@ def test_difference_figure_shows_every_score_paired_over_photos(hw4, monkeypatch
     for _ in range(3):
         scores = {measure: torch.rand(30, len(values)) for measure, values in numbers.items()}
         runs.append(SimpleNamespace(scores=scores, numbers=numbers))
-    hw4.plot_difference({"a": runs[:2], "b": runs[2:]}, "a", "b")
-    axis = hw4.plt.gca()
-    point, low, high, zero = axis.lines
+    results = {"a": runs[:2], "b": runs[2:], "c": runs[:1]}
+    hw4.plot_differences(results, [("c", "a"), ("a", "b")])
+    other_axis, axis = hw4.plt.gcf().axes
+    assert [axis.get_title() for axis in (other_axis, axis)] == ["c − a [points]", "a − b [points]"]
+    assert other_axis.get_xlim() == axis.get_xlim() and other_axis.yaxis_inverted() and axis.yaxis_inverted()
+
+    point, zero = axis.lines
+    (bars,) = axis.containers[0].lines[2]
     first, second, other = (torch.cat(list(run.scores.values()), 1) for run in runs)
     change = 100 * ((first + second) / 2 - other)  # (30, 3)
-    means, lows, highs = (torch.tensor([float(x) for x in line.get_xdata()]) for line in (point, low, high))
-    assert torch.allclose(means, change.mean(0), atol=1e-3)
-    margins = (highs - lows) / 2
-    assert torch.allclose(margins, hw4.margin(change), atol=1e-3)
+    assert torch.allclose(torch.tensor([float(x) for x in point.get_xdata()]), change.mean(0), atol=1e-3)
+    lows, highs = torch.tensor([[float(x) for x, _ in segment] for segment in bars.get_segments()]).T
+    assert torch.allclose((highs - lows) / 2, hw4.margin(change), atol=1e-3)
     names = [f"{hw4.TO_TEXT}, R@1", f"{hw4.TO_TEXT}, R@5", f"{hw4.SELECTION}, N = 3"]
     assert list(point.get_ydata()) == names and set(zero.get_xdata()) == {0}
-    assert axis.get_xlabel() == "a − b [points]" and axis.yaxis_inverted()
     hw4.plt.close()
 
 
@@ -245,7 +254,7 @@ def test_trainings_are_shown_with_their_losses_and_compared_in_pairs(hw4, tables
         ["abc"[i], f"{2 + i:.2f}", "3.00"] for i in range(3)
     ]
     assert recalls[0] == ["model (seed 0)", "R@5, both ways [%]"]
-    assert recalls[1:4] == [["abc"[i], hw4.percent(base + 0.1 * i)] for i in range(3)]
+    assert recalls[1:4] == [["abc"[i], spaced(hw4.percent(base + 0.1 * i))] for i in range(3)]
     assert recalls[4:] == [["c − a", "**+20.0 ± 0.0**"], ["b − c", "**−10.0 ± 0.0**"]]
 
 

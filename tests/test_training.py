@@ -111,7 +111,7 @@ def test_with_one_caption_there_is_no_contrast_between_captions(hw4, config, mak
     task = make_task("contrastive")
     u, v = F.normalize(torch.randn(2, 8, config.embed_dim), dim=-1)
     task.config = replace(config, captions_per_image=1, caption_weight=9.0)
-    assert task.loss(u, v[None], None).item() == pytest.approx(hw4.contrastive_loss(u, v, 1 / 0.07).item(), rel=1e-4)
+    assert task.loss(u, v[None], 0).item() == pytest.approx(hw4.contrastive_loss(u, v, 1 / 0.07).item(), rel=1e-4)
     task(task.data.train_ids[:8], 1.0).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in task.model.parameters())
 
@@ -152,14 +152,14 @@ def test_validation_measures_every_image_with_its_own_captions(hw4, data, make_t
     losses = []
     for ids in torch.arange(n).split(size):
         captions = torch.stack([torch.stack([texts[5 * i + c] for i in ids]) for c in range(5)])
-        losses += len(ids) * [task.loss(images[ids], captions, None).item()]
+        losses += len(ids) * [task.loss(images[ids], captions, 0).item()]
     recall = hw4.recall_at_5(images @ texts.T).mean().item()
     assert task.validate() == pytest.approx({"val_loss": sum(losses) / len(losses), "R@5": 100 * recall}, rel=1e-4)
     assert 0.1 < recall < 0.99 and losses[0] < 1.5 * math.log(size)
     assert make_task("simclr").validate() == {}
 
     task.recipe = replace(task.recipe, batch_size=2 * n)  # fewer photos than a batch
-    whole = task.loss(images, texts.view(n, 5, -1).transpose(0, 1), None).item()
+    whole = task.loss(images, texts.view(n, 5, -1).transpose(0, 1), 0).item()
     assert task.validate()["val_loss"] == pytest.approx(whole, rel=1e-4)
 
 
@@ -255,7 +255,7 @@ def test_batches_depend_on_the_seed_and_the_epoch_but_not_on_what_the_model_draw
 def test_rates_and_patches_follow_the_progress(hw4, make_toy, monkeypatch):
     asked, keeps = [], []
     task = make_toy(lambda y, ids, keep: keeps.append(keep) or y.sum(), epochs=5, batch_size=3, warmup=0.3)
-    task.recipe = replace(task.recipe, patch_keep=0.25, late_patch_keep=0.75, late=0.15)
+    task.recipe = replace(task.recipe, patch_keep=0.25, late_patch_keep=0.75, late_share=0.15)
     monkeypatch.setattr(hw4, "learning_rate_factor", lambda *args: asked.append(args) or 0.0)
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     hw4.fit("toy", task, torch.arange(12))
