@@ -17,7 +17,17 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from outputs import NUMBER, named_cells, names, plain, sentences, tables, wrong_numbers  # noqa: E402
+from outputs import (  # noqa: E402
+    NUMBER,
+    named_cells,
+    names,
+    plain,
+    readme_parts,
+    sentences,
+    tables,
+    with_parts,
+    wrong_numbers,
+)
 
 RENAMED = {
     "from scratch, 5× as long": "longer training (5×)",
@@ -25,6 +35,13 @@ RENAMED = {
     "cosine, true captions": "cosine × 100, true captions",
     "cosine, wrong captions": "cosine × 100, wrong captions",
     "| p |": "| p [%] |",
+}
+
+
+README = {  # what its hand-written parts say
+    "ViT 192 × 6, text 128 × 3": "ViT 192 × 6, text 192 × 2",
+    "ViT 256 × 8, text 192 × 4": "ViT 256 × 8, text 256 × 2",
+    "(*5× as long* has one)": "(*longer training* has one)",
 }
 
 
@@ -111,6 +128,17 @@ def main():
                 print("; ".join(f"{old} → {whole}" for old, _, whole in changes), f"\n   {sentence}\n")
 
     nbformat.write(notebook, sys.argv[2])
+    if Path(sys.argv[2]).resolve() == ROOT / "hw4.ipynb":
+        update_readme(notebook)
+
+
+def update_readme(notebook):
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for old, new in README.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(with_parts(text, readme_parts(notebook)), encoding="utf-8")
 
 
 if __name__ == "__main__":

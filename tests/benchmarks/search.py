@@ -40,8 +40,9 @@ def main():
     config.checkpoint_dir.mkdir(parents=True, exist_ok=True)
 
     data = hw4.load_flickr8k(Path(os.environ["FLICKR8K_DIR"]), config, torch.device("cpu"))
-    order = torch.randperm(len(data.train_ids), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out, rest = data.train_ids[order[:HELD_OUT]].sort().values, data.train_ids[order[HELD_OUT:]].sort().values
+    train_ids = data.train_ids.sort().values  # so the split is that of the trials before
+    order = torch.randperm(len(train_ids), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out, rest = train_ids[order[:HELD_OUT]].sort().values, train_ids[order[HELD_OUT:]].sort().values
     data = replace(data, train_ids=rest, val_ids=held_out, fingerprint=f"{data.fingerprint}, held out")
 
     vision = None
