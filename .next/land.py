@@ -31,6 +31,7 @@ from outputs import (  # noqa: E402
 
 RENAMED = {
     "from scratch, 5× as long": "longer training (5×)",
+    "with five captions": "with several captions",
     "ViT, SimCLR first": "pretrained ViT",
     "cosine, true captions": "cosine × 100, true captions",
     "cosine, wrong captions": "cosine × 100, wrong captions",
