@@ -30,7 +30,7 @@ SECTIONS = [
     "Run record and credits",
 ]
 MOST = {
-    "nodes": 8709,
+    "nodes": 8715,
     "lines": 1140,
     "per line": 8.0,
     ">100": 1.0,
@@ -38,7 +38,7 @@ MOST = {
     "params": 6,
     "comp": 5,
 }  # by density.py
-MOST |= {"code cells": 64, "median": 14, "longest": 40, "words": 3000, "bytes": 3_000_000}  # lines of a cell, Markdown
+MOST |= {"code cells": 70, "median": 14, "longest": 40, "words": 3000, "bytes": 3_000_000}  # lines of a cell, Markdown
 SHARED = ROOT.parent / "shared"
 LOCAL_PATH = r"(?<![\w.])/(?:home|root|tmp|work|content|kaggle|Users|usr)/"
 final = pytest.mark.skipif(NEXT.exists(), reason="the saved notebook is the old one until .next/ takes its place")
