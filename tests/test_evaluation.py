@@ -98,6 +98,8 @@ def test_gallery_embeddings_match_their_captions(hw4, smoke, data):
     photo = F.normalize(sum(model.encode_image(view[None])[0] for view in views), dim=0)
     captions = model.encode_text(data.tokens[j], data.mask[j])
     assert torch.allclose(result.similarity[i, 5 * i : 5 * i + 5], captions @ photo, atol=1e-5)
+    whole, _ = hw4.embed_gallery(model, data, smoke, num_views=1)
+    assert torch.allclose(whole[i], model.encode_image(views[:1])[0], atol=1e-5)
     expected = hw4.recall_at_k(result.similarity, (1, 3, 5, 10))
     expected[hw4.SELECTION] = hw4.selection_accuracy(result.similarity, smoke.protocol)
     assert result.scores.keys() == expected.keys() and len(expected) == 3

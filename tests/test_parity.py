@@ -67,6 +67,7 @@ def test_encoder_equals_pytorch_with_and_without_padding(hw4):
     torch.testing.assert_close(ours(x), reference(x), atol=1e-5, rtol=0)
     expected = reference(x, src_key_padding_mask=~mask)
     torch.testing.assert_close(ours(x, mask)[mask], expected[mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(x, mask, num_kept=1), expected[:, :1], atol=1e-5, rtol=0)
 
 
 # Losses. In blocks they are the mean of the losses of the blocks.
