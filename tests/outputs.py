@@ -11,7 +11,8 @@ import nbformat
 from execute import visible
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBER = re.compile(r"(?<![\w.@])([+±-]?) ?(\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))?(?!\w|\.\d)")  # sign, mean, margin
+# sign, mean, margin
+NUMBER = re.compile(r"(?<![\w.])(?<!Recall@)([+±-]?) ?(\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))?(?!\w|\.\d)")
 NO_RESULT = re.compile(
     r"95 % (?:confidence )?intervals?|\(\d{4}\)|et al\.,? \d{4}"
 )  # of these numbers none is a result

@@ -274,6 +274,7 @@ def example():
         ("Comparison: a rises to 74.1.", ["74.1"]),  # no column
         ("Comparison: at N = 3, a has 74.1.", ["74.1"]),
         ("Comparison: at N = 5, a has 74.", ["74"]),  # other rounding
+        ("Comparison: at N = 5, a leads in R@8, in Recall@5 as well.", ["8"]),  # no such column
         ("Comparison: at N = 5, a − b is -6.6.", ["-6.6"]),
         ("Comparison: at N = 5, a has 74.1 ± 1.6.", ["74.1 ± 1.6"]),
         ("Comparison: at N = 5, a is off by ± 1.5.", ["±1.5"]),
